@@ -1,0 +1,357 @@
+"""Reading images, labels and folders of them; the training set of (image, weight map, label)."""
+import signal
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from utils import InputError
+
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
+LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy')
+MAX_MEGAPIXELS = 1000
+
+Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------
+
+def list_images(folder, extensions=IMAGE_EXTENSIONS):
+    """Sorted paths of the image files in `folder` (hidden files skipped).
+
+    Raises InputError if `folder` is missing, is a file, holds no image, or two images of one stem.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise InputError(f'no such folder: {folder}')
+    if not folder.is_dir():
+        raise InputError(f'expected a folder, found a file: {folder}')
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
+    paths = [folder / n for n in names if Path(n).suffix.lower() in extensions]
+    if not paths:
+        raise InputError(f'no images in {folder}: looked for {" ".join(extensions)}, '
+                         f'saw {", ".join(names[:5]) or "an empty folder"}')
+    by_stem = {}
+    for path in paths:
+        by_stem.setdefault(path.stem, []).append(path.name)
+    for same in by_stem.values():
+        if len(same) > 1:
+            raise InputError(f'two images of one name in {folder}: {" and ".join(same)}; keep one of them')
+    return paths
+
+
+def missing_files_message(kind, missing, folder):
+    """One line naming up to five missing files and their count."""
+    names = ', '.join(missing[:5]) + (', ...' if len(missing) > 5 else '')
+    return f'{len(missing)} {kind} missing in {folder}: {names}'
+
+
+# ---------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------
+
+def note(message):
+    """Tell the user something worth knowing that is not an error (shown once per message)."""
+    warnings.warn(message, stacklevel=2)
+
+
+def open_image(path, max_megapixels=MAX_MEGAPIXELS):
+    """Open an image file lazily with Pillow: its header is read and its size checked, its pixels are not decoded.
+
+    Raises InputError if it is missing, empty, not an image, or larger than `max_megapixels`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'no such file: {path}' if not path.exists() else f'expected a file, found a folder: {path}')
+    if path.stat().st_size == 0:
+        raise InputError(f'{path} is empty (0 bytes); copy it again')
+    try:
+        image = Image.open(path)
+    except (Image.UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:
+        if isinstance(error, PermissionError):
+            raise InputError(f'cannot read {path}: permission denied') from error
+        raise InputError(f'{path} is not an image that can be read ({type(error).__name__}); '
+                         f'expected one of {" ".join(IMAGE_EXTENSIONS)}') from error
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise InputError(f'{path} declares {image.width} x {image.height} = {megapixels:.0f} megapixels, more than '
+                         f'max_megapixels = {max_megapixels}; crop it or raise the limit')
+    return image
+
+
+def decode(image, path):
+    """The pixels of an opened Pillow image as an array; raises InputError if the file is damaged."""
+    try:
+        return np.array(image)
+    except Exception as error:       # Pillow's decoders raise almost anything on damaged data
+        raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
+
+
+def bits_per_channel(image):
+    """Bits per channel in the file. Pillow opens a 16-bit RGB PNG or TIFF as if it had 8."""
+    if image.format == 'PNG' and image.tile:
+        raw_mode = image.tile[0][3]
+        raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
+        if '16' in str(raw_mode):
+            return 16
+    if image.format == 'TIFF':
+        return max(image.tag_v2.get(258, (8 if image.mode != '1' else 1,)))
+    return {'1': 1, 'I': 32, 'F': 32}.get(image.mode, 16 if image.mode.startswith('I;16') else 8)
+
+
+def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
+    """Read an image as RGB, uint8 (H, W, 3).
+
+    8-bit RGB is taken as it is; grey and palette images are converted, alpha is dropped, an EXIF
+    orientation is applied and the first frame of an animation is taken, each with a note.
+    `scale_16bit=(lo, hi)` maps 16-bit images linearly from lo..hi to 0..255; without it they are refused,
+    as are 1-bit, float, CMYK and multi-page files. Raises InputError.
+    """
+    path = Path(path)
+    image = open_image(path, max_megapixels)
+    frames = getattr(image, 'n_frames', 1)
+    if frames > 1:
+        if image.format == 'TIFF':
+            _refuse_pages(image, path, frames)
+        else:
+            note(f'{path.name}: animated, only the first of its {frames} frames is used')
+        image.seek(0)
+    bits = bits_per_channel(image)
+    if image.mode == '1' or bits == 1:
+        raise InputError(f'{path} is a 1-bit image; expected 8-bit RGB')
+    if image.mode == 'F':
+        raise InputError(f'{path} is a floating-point image; expected 8-bit RGB')
+    if bits == 16:
+        if scale_16bit is None:
+            raise InputError(f'{path} has 16 bits per channel, expected 8; give --scale-16bit LO HI to map '
+                             f'LO..HI to 0..255')
+        return _read_16bit(path, scale_16bit)
+    if image.mode not in ('RGB', 'RGBA', 'LA', 'L', 'P', 'PA', 'RGBX'):
+        raise InputError(f'{path} has colour mode {image.mode}; expected 8-bit RGB')
+    if image.mode in ('L', 'P', 'PA', 'LA'):
+        note(f'{path.name}: {"palette" if image.mode[0] == "P" else "grey"} image, converted to RGB')
+    has_alpha = image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info
+    orientation = image.getexif().get(0x0112, 1)
+    try:
+        if orientation not in (0, 1):
+            note(f'{path.name}: turned by its EXIF orientation ({orientation})')
+            image = ImageOps.exif_transpose(image)
+        if has_alpha:
+            image = image.convert('RGBA')
+            if image.getextrema()[3][0] < 255:
+                note(f'{path.name}: its alpha channel is not fully opaque; it was dropped')
+        if image.mode != 'RGB':
+            image = image.convert('RGB')
+    except Exception as error:
+        raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
+    return decode(image, path)
+
+
+def _refuse_pages(image, path, frames):
+    """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies (a pyramid)."""
+    for frame in range(1, frames):
+        image.seek(frame)
+        if not image.tag_v2.get(254, 0) & 1:
+            raise InputError(f'{path} has {frames} pages; expected one image per file')
+
+
+def _read_16bit(path, scale):
+    import SimpleITK as sitk
+    lo, hi = scale
+    pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Instance labels
+# ---------------------------------------------------------------------------------------------------
+
+def read_instance_label(path, image_shape=None, binary_labels=False, max_megapixels=MAX_MEGAPIXELS):
+    """Read an instance label: int32 (H, W), 0 = background, one positive integer per object (gaps allowed).
+
+    Accepts integer images of 8, 16 or 32 bits, palette images (the indices are the ids), RGB with three equal
+    channels, and integer .npy arrays. `image_shape` (H, W), when given, must match. Raises InputError for colour,
+    fractional, negative and JPEG labels, and for a 0/255 mask unless `binary_labels` is set, which then labels
+    its 8-connected components.
+    """
+    path = Path(path)
+    if path.suffix.lower() in ('.jpg', '.jpeg'):
+        raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP, TIFF or .npy label')
+    label = _load_npy(path) if path.suffix.lower() == '.npy' else _decode_label(path, max_megapixels)
+    if label.ndim == 3:
+        if not (label == label[..., :1]).all():
+            raise InputError(f'{path} is a colour image; expected one integer id per pixel (0 = background)')
+        note(f'{path.name}: RGB label with three equal channels, one of them is used')
+        label = label[..., 0]
+    if label.ndim != 2:
+        raise InputError(f'{path} has shape {label.shape}; expected a label of shape (height, width)')
+    if label.dtype.kind == 'f':
+        if not np.isfinite(label).all() or (label != np.floor(label)).any():
+            raise InputError(f'{path} holds fractional or non-finite values; expected integer ids')
+    elif label.dtype.kind not in 'iub':
+        raise InputError(f'{path} holds {label.dtype} values; expected integer ids')
+    if label.size and label.min() < 0:
+        raise InputError(f'{path} holds negative ids; expected 0 = background and positive ids')
+    if label.size and label.max() > np.iinfo(np.int32).max:
+        raise InputError(f'{path} holds ids above {np.iinfo(np.int32).max}')
+    label = label.astype(np.int32)
+    if image_shape is not None and label.shape != tuple(image_shape):
+        raise InputError(f'{path} is {label.shape[1]} x {label.shape[0]} pixels, its image '
+                         f'{image_shape[1]} x {image_shape[0]}; they must have the same size')
+    maximum = label.max(initial=0)
+    if maximum == 0:
+        note(f'{path.name}: the label has no object')
+    elif maximum == 255 and not ((label > 0) & (label < 255)).any():
+        if not binary_labels:
+            raise InputError(f'{path} holds only 0 and 255, a mask rather than one id per object; '
+                             f'give --binary-labels to take each 8-connected component as one object')
+        label = ndimage.label(label, np.ones((3, 3)))[0].astype(np.int32)
+    return label
+
+
+def _load_npy(path):
+    if not path.is_file():
+        raise InputError(f'no such file: {path}')
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f'{path} is not a plain NumPy array ({error})') from error
+
+
+def _decode_label(path, max_megapixels):
+    image = open_image(path, max_megapixels)
+    if image.format == 'JPEG':
+        raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP or TIFF label')
+    if image.mode in ('RGBA', 'LA'):
+        raise InputError(f'{path} has colour mode {image.mode}; expected one integer id per pixel (0 = background)')
+    if image.mode == 'RGB' and bits_per_channel(image) != 8:
+        raise InputError(f'{path} is a colour image of 16 bits; expected one integer id per pixel (0 = background)')
+    if image.format == 'TIFF' and image.tag_v2.get(258) == (32,):
+        return _read_tiff_32bit(path)          # Pillow reads unsigned 32-bit as signed
+    return decode(image, path)
+
+
+def _read_tiff_32bit(path):
+    import tifffile
+    try:
+        return tifffile.imread(path)
+    except Exception as error:
+        raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training and validation set
+# ---------------------------------------------------------------------------------------------------
+
+class DataFolder(torch.utils.data.Dataset):
+    """Items (image, weight map, label), transformed together.
+
+    dir_list: the folders [images, weight maps, labels]. Item k > 0 of image `X.ext` is the file `X_{post_fix[k-1]}`
+    in dir_list[k]. num_channels: for each item 1 (opened as it is) or 3 (converted to RGB). data_transform: maps
+    (list of Pillow images, NumPy generator) to tensors; without it an item is a list of Pillow images.
+    Raises InputError that names the files if an image has no partner, or a partner no image.
+
+    `dataset[index]` draws its transforms from torch's global seed; `dataset[index, seed, epoch]` from these numbers
+    alone, so that a sample is the same in whichever process, and after whatever interruption, it is made.
+    """
+
+    def __init__(self, dir_list, post_fix, num_channels, data_transform=None):
+        if not len(dir_list) == len(num_channels) == len(post_fix) + 1:
+            raise ValueError(f'expected one post-fix less than folders and channels, found {len(dir_list)} folders, '
+                             f'{len(post_fix)} post-fixes, {len(num_channels)} channels')
+        self.num_channels = num_channels
+        self.data_transform = data_transform
+        images = list_images(dir_list[0])
+        self.names = [path.name for path in images]
+        self.items = [[path] + [Path(folder) / f'{path.stem}_{ending}' for folder, ending in zip(dir_list[1:], post_fix)]
+                      for path in images]
+        for k, folder in enumerate(dir_list[1:], start=1):
+            missing = [item[k].name for item in self.items if not item[k].is_file()]
+            if missing:
+                raise InputError(missing_files_message('partners of images', missing, folder)
+                                 + '; run prepare_data.py again')
+            expected = {item[k].name for item in self.items}
+            unmatched = [p.name for p in sorted(Path(folder).glob(f'*_{post_fix[k - 1]}')) if p.name not in expected]
+            if unmatched:
+                raise InputError(f'{len(unmatched)} files in {folder} have no image in {dir_list[0]}: '
+                                 + ', '.join(unmatched[:5]))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        index, *seeds = key if isinstance(key, tuple) else (key,)
+        images = [self.load(path, channels) for path, channels in zip(self.items[index], self.num_channels)]
+        for path, image in zip(self.items[index][1:], images[1:]):
+            if image.size != images[0].size:
+                raise InputError(f'{path} is {image.width} x {image.height} pixels, its image '
+                                 f'{images[0].width} x {images[0].height}; run prepare_data.py again')
+        if self.data_transform is None:
+            return images
+        return self.data_transform(images, np.random.default_rng([*seeds, index]) if seeds else None)
+
+    @staticmethod
+    def load(path, channels):
+        if channels == 3:
+            return Image.fromarray(read_image(path))
+        image = open_image(path)
+        decode(image, path)
+        return image
+
+
+def load_mean_std(path):
+    """`mean_std.npy`: float64 (2, 3), mean and standard deviation of each RGB channel, in [0, 1]. Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'no {path}; prepare_data.py writes it')
+    array = _load_npy(path)
+    return check_mean_std(array, path)
+
+
+def check_mean_std(array, path):
+    """`array` as float64 (2, 3) if it is a mean and standard deviation; raises InputError naming `path` if not."""
+    array = np.asarray(array)
+    if array.shape != (2, 3) or array.dtype.kind != 'f' or not np.isfinite(array).all():
+        raise InputError(f'{path} holds {array.dtype} of shape {array.shape}; expected finite floats of shape (2, 3), '
+                         f'mean and standard deviation per channel; prepare_data.py writes it')
+    if (array[1] <= 0).any():
+        raise InputError(f'{path} has a standard deviation of 0 or less; prepare_data.py writes it anew')
+    return array.astype(np.float64)
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """Shuffled batches of the keys (index, seed, epoch) of a DataFolder; the last one may be short.
+
+    The order is a function of (seed, epoch), so that training can start again in the middle of an epoch.
+    """
+
+    def __init__(self, n_images, batch_size, seed):
+        self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
+        self.set_position(0, 0)
+
+    def set_position(self, epoch, batch):
+        """What the next iteration yields: the batches of `epoch` from number `batch` on."""
+        self.epoch, self.first = epoch, batch
+
+    def batch(self, epoch, k):
+        """Keys of batch `k` of an epoch."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n_images)
+        return [(int(i), self.seed, epoch) for i in order[k * self.batch_size:(k + 1) * self.batch_size]]
+
+    def __len__(self):
+        return -(-self.n_images // self.batch_size)
+
+    def __iter__(self):
+        return (self.batch(self.epoch, k) for k in range(self.first, len(self)))
+
+
+def ignore_interrupt(worker):
+    """For the loader's processes: Ctrl-C is the training process's business, which stops them in good order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

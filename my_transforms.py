@@ -1,0 +1,241 @@
+"""Joint transforms of (image, weight map, label): what is drawn is drawn once and applied to all of them.
+
+Images are Pillow images until `to_tensor`. A random transform has two halves, `draw` (what is random, from a
+NumPy generator) and `apply` (what is done with it), so that a draw can be pinned.
+"""
+import numpy as np
+import SimpleITK as sitk
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from utils import InputError, disk
+
+
+class Compose:
+    """Apply transforms one after the other to a list of images; the last call returns tensors."""
+
+    def __init__(self, transforms):
+        self.transforms = transforms
+
+    def __call__(self, images, rng=None):
+        """images: list of Pillow images of one size. rng: NumPy generator; by default one seeded by torch's."""
+        if rng is None:
+            rng = np.random.default_rng(torch.randint(2 ** 63 - 1, ()).item())
+        for transform in self.transforms:
+            images = transform(images, rng)
+        return images
+
+    def __repr__(self):
+        return f'Compose({", ".join(type(t).__name__ for t in self.transforms)})'
+
+
+class Scale:
+    """Resize so that the shorter side is `size` pixels, the other int(size * long / short); bilinear."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, images, rng):
+        width, height = images[0].size
+        if width < height:
+            new = self.size, int(self.size * height / width)
+        else:
+            new = int(self.size * width / height), self.size
+        return [image.resize(new, Image.BILINEAR) for image in images]
+
+
+class RandomTransform:
+    """Base of the random transforms: `draw(rng, size)`, then `apply(images, drawn)` to every image."""
+
+    def __call__(self, images, rng):
+        return self.apply(images, self.draw(rng, images[0].size))
+
+
+class RandomResize(RandomTransform):
+    """Resize by one uniform factor; shrunk images are zero-padded back to their size, enlarged ones stay large."""
+
+    def __init__(self, lo, hi):
+        self.lo, self.hi = lo, hi
+
+    def draw(self, rng, size):
+        return rng.uniform(self.lo, self.hi)
+
+    def apply(self, images, factor):
+        return [self.resize(image, factor) for image in images]
+
+    @staticmethod
+    def resize(image, factor):
+        width, height = image.size
+        new_width, new_height = int(width * factor), int(height * factor)
+        resized = image.resize((new_width, new_height), Image.BILINEAR)
+        if factor >= 1:
+            return resized
+        padded = Image.new(image.mode, (width, height))
+        padded.paste(resized, ((width - new_width) // 2, (height - new_height) // 2))
+        return padded
+
+
+class RandomFlip(RandomTransform):
+    """Mirror with probability 0.5."""
+
+    def __init__(self, direction):
+        self.method = {'horizontal': Image.FLIP_LEFT_RIGHT, 'vertical': Image.FLIP_TOP_BOTTOM}[direction]
+
+    def draw(self, rng, size):
+        return rng.random() < 0.5
+
+    def apply(self, images, flip):
+        return [image.transpose(self.method) for image in images] if flip else images
+
+
+class RandomAffine(RandomTransform):
+    """x' = a x + b y, y' = d x + e y about the image centre, from output to input; nearest neighbour, outside 0.
+
+    a and e are uniform in 1 +- bound, b and d in +- bound.
+    """
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def draw(self, rng, size):
+        a, b, d, e = rng.uniform(-self.bound, self.bound, 4)
+        return np.array([[1 + a, b], [d, 1 + e]])
+
+    def apply(self, images, matrix):
+        (a, b), (d, e) = matrix
+        width, height = images[0].size
+        x0, y0 = width / 2, height / 2
+        coefficients = (a, b, x0 - a * x0 - b * y0, d, e, y0 - d * x0 - e * y0)
+        return [image.transform(image.size, Image.AFFINE, coefficients, Image.NEAREST) for image in images]
+
+
+class RandomElastic(RandomTransform):
+    """B-spline deformation (order 3) on an n x n mesh, its (n + 3)^2 control points moved by N(0, sigma) pixels.
+
+    As in the published code, the first third of the parameter vector (x block, then y block) is 0: most points move
+    in y only. The field maps output to input; linear interpolation, outside 0, results truncated to uint8.
+    """
+
+    def __init__(self, n, sigma):
+        self.n, self.sigma = n, sigma
+
+    def draw(self, rng, size):
+        parameters = rng.normal(0, self.sigma, 2 * (self.n + 3) ** 2)
+        parameters[:len(parameters) // 3] = 0
+        return parameters
+
+    def apply(self, images, parameters):
+        # All channels are one vector image, so that the spline is evaluated once per pixel, not once per channel.
+        bands = [band for image in images for band in image.split()]
+        stack = sitk.GetImageFromArray(np.stack([np.asarray(band) for band in bands], axis=-1), isVector=True)
+        spline = sitk.BSplineTransformInitializer(stack, [self.n, self.n], 3)
+        spline.SetParameters(parameters.tolist())
+        warped = sitk.Resample(sitk.Cast(stack, sitk.sitkVectorFloat32), stack, spline, sitk.sitkLinear, 0.0)
+        warped = sitk.GetArrayViewFromImage(warped).astype(np.uint8)         # (H, W, channels); truncates
+        result, channel = [], 0
+        for image in images:
+            depth = len(image.getbands())
+            pixels = warped[..., channel] if depth == 1 else warped[..., channel:channel + depth]
+            result.append(Image.fromarray(np.ascontiguousarray(pixels)))
+            channel += depth
+        return result
+
+
+class RandomRotation(RandomTransform):
+    """Rotate by a uniform angle within +- `degrees`; bilinear, same size, outside 0."""
+
+    def __init__(self, degrees):
+        self.degrees = degrees
+
+    def draw(self, rng, size):
+        return rng.uniform(-self.degrees, self.degrees)
+
+    def apply(self, images, angle):
+        return [image.rotate(angle, Image.BILINEAR) for image in images]
+
+
+class RandomCrop(RandomTransform):
+    """The same `size` x `size` window of every image. Raises InputError if an image is smaller."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def draw(self, rng, size):
+        width, height = size
+        if width < self.size or height < self.size:
+            raise InputError(f'random_crop (input_size) is {self.size}, but an image is {width} x {height} pixels; '
+                             f'make it smaller or the patches larger')
+        return rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
+
+    def apply(self, images, corner):
+        x, y = corner
+        return [image.crop((x, y, x + self.size, y + self.size)) for image in images]
+
+
+class LabelEncoding:
+    """RGB ternary label (last image) -> class per pixel: 0 background, 1 inside, 2 contour.
+
+    The contour is found anew from the transformed inside mask: a 3x3 cross outwards, `radius` pixels inwards.
+    """
+
+    def __init__(self, radius):
+        self.footprint = disk(radius)
+
+    def __call__(self, images, rng):
+        inside = np.asarray(images[-1])[..., 0] > 127.5
+        outer = ndimage.binary_dilation(inside)
+        inner = ndimage.binary_erosion(inside, self.footprint, border_value=1)
+        label = inside.astype(np.uint8)
+        label[outer & ~inner] = 2
+        return [*images[:-1], Image.fromarray(label)]
+
+
+class ToTensor:
+    """The first `n` images to float32 (C, H, W) in [0, 1], the others to int64 (C, H, W)."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self, images, rng):
+        arrays = [np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in images]
+        return [torch.from_numpy(array.astype(np.float32)) / 255 if i < self.n
+                else torch.from_numpy(array.astype(np.int64)) for i, array in enumerate(arrays)]
+
+
+class Normalize:
+    """The first image, a float tensor (C, H, W): (x - mean) / std per channel."""
+
+    def __init__(self, mean, std):
+        self.mean = torch.as_tensor(np.asarray(mean), dtype=torch.float32)[:, None, None]
+        self.std = torch.as_tensor(np.asarray(std), dtype=torch.float32)[:, None, None]
+
+    def __call__(self, images, rng):
+        return [(images[0] - self.mean) / self.std, *images[1:]]
+
+
+TRANSFORMS = {
+    'scale': Scale,
+    'random_resize': lambda bounds: RandomResize(*bounds),
+    'horizontal_flip': lambda _: RandomFlip('horizontal'),
+    'vertical_flip': lambda _: RandomFlip('vertical'),
+    'random_affine': RandomAffine,
+    'random_elastic': lambda values: RandomElastic(*values),
+    'random_rotation': RandomRotation,
+    'random_crop': RandomCrop,
+    'label_encoding': LabelEncoding,
+    'to_tensor': ToTensor,
+    'normalize': lambda mean_std: Normalize(*mean_std),
+}
+
+
+def get_transforms(params):
+    """Compose from a dict of name -> value, in its order. Names and values: the `transform` groups of options.py.
+
+    A flip given as False is left out. Raises InputError for an unknown name.
+    """
+    unknown = [name for name in params if name not in TRANSFORMS]
+    if unknown:
+        raise InputError(f"unknown transform '{unknown[0]}'; expected one of {', '.join(TRANSFORMS)}")
+    return Compose([TRANSFORMS[name](value) for name, value in params.items()
+                    if not (name.endswith('_flip') and not value)])

@@ -1,0 +1,441 @@
+"""Train FullNet: `python train.py`, with the options of options.py or the command line."""
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dataset import DataFolder, EpochBatches, ignore_interrupt, load_mean_std
+from loss import VarCELoss
+from my_transforms import get_transforms
+from options import Options
+from utils import (AverageMeter, InputError, StopRequest, WeightAverage, accuracy_pixel_level, atomic_path, build_model,
+                   choose_device, load_checkpoint, load_weights, run_script, save_checkpoint, split_forward, write_text)
+
+log = logging.getLogger('train')
+
+POST_FIX = {'MultiOrgan': ['weight.png', 'label.png'], 'GlaS': ['anno_weight.png', 'anno.bmp']}
+COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc', 'train_iou',
+           'val_loss', 'val_acc', 'val_iou')
+# What may differ when a run is resumed; anything else would make it two runs in one.
+CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
+              'checkpoint_minutes', 'overwrite'}
+RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
+             'epoch_results.txt', 'learning_curve.png')
+
+
+def main(argv=None):
+    # 1. options, and the checkpoint to go on from
+    opt = Options(isTrain=True).parse(argv)
+    train = opt.train
+    checkpoint = load_checkpoint(train['checkpoint']) if train['checkpoint'] else None
+    if checkpoint:
+        take_options_of_run(opt, checkpoint)
+    device = choose_device(train['gpu'])
+
+    # 2. data
+    mean_std = load_mean_std(Path(train['data_dir']) / 'mean_std.npy')
+    train_set, val_set = (load_data(opt, split, mean_std) for split in ('train', 'val'))
+    batches = EpochBatches(len(train_set), train['batch_size'], train['seed'])
+    train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=train['workers'],
+                              persistent_workers=train['workers'] > 0, worker_init_fn=ignore_interrupt,
+                              generator=torch.Generator(), pin_memory=device.type == 'cuda')
+    val_loader = DataLoader(val_set, batch_size=1, num_workers=min(1, train['workers']),
+                            worker_init_fn=ignore_interrupt, generator=torch.Generator())
+
+    # 3. network, loss, optimizer
+    torch.manual_seed(train['seed'])
+    model = build_model(opt.model)
+    if train['init_from'] and not checkpoint:
+        load_weights(model, load_checkpoint(train['init_from'])['state_dict'], opt.model, train['init_from'])
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=train['lr'], betas=(0.9, 0.99),
+                                 weight_decay=train['weight_decay'])
+    criterion = VarCELoss(train['alpha'])
+    state = TrainingState(model, optimizer, train, steps_per_epoch=len(batches))
+    if checkpoint:
+        state.load(checkpoint, opt)
+
+    # 4. run folder and logs
+    run = Run(state, opt, mean_std)
+    log.info(opt.describe())
+    run.save_info(train_set, val_set)
+    log.info(f'{len(train_set)} training and {len(val_set)} validation images; {opt.model["name"]} with '
+             f'{sum(p.numel() for p in model.parameters()):,} parameters on {device}; run folder {run.folder}')
+    if checkpoint:
+        log.info(f'resumed from {train["checkpoint"]}: {state.epoch} epochs and {state.batch} steps done')
+
+    # 5. epochs
+    with StopRequest() as stop:
+        while state.step < state.total_steps or state.batch > 0:
+            train_epoch(state, train_loader, criterion, train, device, run, stop)
+            validated = (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps
+            val = validate(state.validation_model(), val_loader, criterion, train, device, run, stop) \
+                if validated else [math.nan] * 3
+            is_best = val[2] > state.best_iou
+            row = state.finish_epoch(val)
+            run.log_epoch(row)
+            run.save_epoch(is_best)
+    log.info(f'done: {state.epoch} epochs in {state.minutes():.1f} minutes, best validation IoU {state.best_iou:.4f}; '
+             f'weights in {run.checkpoints}')
+
+
+# ---------------------------------------------------------------------------------------------------
+# An epoch
+# ---------------------------------------------------------------------------------------------------
+
+def train_epoch(state, loader, criterion, train, device, run, stop):
+    """The training half of an epoch, from the step at which the state stands."""
+    state.model.train()
+    batches = loader.batch_sampler
+    batches.set_position(state.epoch, state.batch)
+    started, first = time.monotonic(), state.batch
+    progress = tqdm(loader, desc=f'epoch {state.epoch + 1}', initial=state.batch, total=len(batches), disable=None)
+    for image, weight, label in progress:
+        if state.step >= state.total_steps:                      # the time budget ends within an epoch
+            break
+        # 1. a seed of its own for every step, so that dropout is the same after a resume
+        torch.manual_seed(step_seed(train['seed'], state.step))
+        image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
+
+        # 2. forward and loss
+        logits = state.model(image)
+        loss, loss_ce, loss_var = criterion(logits, target, weight)
+        if not torch.isfinite(loss):
+            names = ', '.join(loader.dataset.names[key[0]] for key in batches.batch(state.epoch, state.batch))
+            raise InputError(f'the loss is {loss.item()} in epoch {state.epoch + 1}, step {state.batch + 1}, on {names}; '
+                             f'{run.last_good()}; try a lower --lr, or --clip-grad 1')
+
+        # 3. backward and update
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if train['clip_grad']:
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), train['clip_grad'])
+        for group in state.optimizer.param_groups:
+            group['lr'] = learning_rate(state.step, state.total_steps, train, len(batches))
+        state.optimizer.step()
+
+        # 4. results so far
+        accuracy, iou = pixel_results(logits, target)
+        state.finish_step([loss.item(), loss_ce.item(), loss_var.item(), accuracy, iou], len(image))
+        progress.set_postfix(loss=f'{state.meter.avg[0]:.4f}', IoU=f'{state.meter.avg[4]:.4f}')
+        if state.batch % train['log_interval'] == 0:
+            log.info('  step %d/%d  loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f',
+                     state.batch, len(batches), *state.meter.avg)
+
+        # 5. time budget, checkpoint, stop
+        if train['max_minutes'] and not state.steps_planned and state.batch - first == min(10, len(batches)):
+            state.plan_steps((time.monotonic() - started) / (state.batch - first), train['max_minutes'])
+        run.save_if_due()
+        stop.check(run.save_and_say_how_to_go_on)
+    progress.close()
+
+
+def validate(model, loader, criterion, train, device, run, stop):
+    """Mean over the validation images of [loss, pixel accuracy, IoU of class 1], with the sliding window."""
+    model.eval()
+    meter = AverageMeter(3)
+    for image, weight, label in tqdm(loader, desc='validation', disable=None, leave=False):
+        image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
+        with torch.inference_mode():
+            logits = split_forward(model, image, train['input_size'], train['val_overlap'])
+            loss = criterion(logits, target, weight)[0]
+        meter.update([loss.item(), *pixel_results(logits, target)], 1)
+        stop.check(run.save_and_say_how_to_go_on)
+    return meter.avg.tolist()
+
+
+def to_device(image, weight, label, device, use_weight_map):
+    """image (B, 3, H, W) float, weight (B, H, W) float of 1 to 11, target (B, H, W) int64, on the device."""
+    weight = weight[:, 0].to(device).float() / 20                # weight maps are stored as 20 times the weight
+    return image.to(device), weight if use_weight_map else torch.ones_like(weight), label[:, 0].to(device)
+
+
+def pixel_results(logits, target):
+    """Pixel accuracy and IoU of class 1, mean over the batch."""
+    return accuracy_pixel_level(logits.detach().argmax(1).cpu().numpy(), target.cpu().numpy())[:2]
+
+
+def step_seed(seed, step):
+    """A seed of 63 bits for each (seed, step)."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def learning_rate(step, total_steps, train, steps_per_epoch):
+    """Learning rate of a step, counted from 0.
+
+    none: constant, as published. cosine: to 0 at the end. Both after `warmup_epochs` of linear warm-up. onecycle: up
+    from lr / 25 during 30 % of the steps, then down to lr / 10,000, both as half a cosine.
+    """
+    lr, done = train['lr'], step / total_steps
+    if train['lr_schedule'] == 'onecycle':
+        return half_cosine(lr / 25, lr, done / 0.3) if done < 0.3 else half_cosine(lr, lr / 1e4, (done - 0.3) / 0.7)
+    warmup_steps = train['warmup_epochs'] * steps_per_epoch
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    return half_cosine(lr, 0, done) if train['lr_schedule'] == 'cosine' else lr
+
+
+def half_cosine(start, end, t):
+    """From `start` at t = 0 to `end` at t = 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------
+
+def load_data(opt, split, mean_std):
+    """The DataFolder of 'train' or 'val' in data_dir."""
+    data_dir, transform = Path(opt.train['data_dir']), dict(opt.transform[split])
+    if transform.get('normalize'):
+        transform['normalize'] = mean_std
+    else:
+        transform.pop('normalize', None)
+    folders = [data_dir / part / split for part in ('images', 'weight_maps', 'labels')]
+    return DataFolder(folders, POST_FIX[opt.dataset], [3, 1, 3], get_transforms(transform))
+
+
+# ---------------------------------------------------------------------------------------------------
+# State: what changes while training, and what a checkpoint holds
+# ---------------------------------------------------------------------------------------------------
+
+class TrainingState:
+    """Everything that changes while training.
+
+    epoch: epochs completed. batch: steps done in the current epoch. step: steps in all. meter: sums of the current
+    epoch. history: rows of epoch_results.txt. There is no random state: shuffling, transforms and dropout are
+    functions of the seed and of these numbers.
+    """
+
+    def __init__(self, model, optimizer, train, steps_per_epoch):
+        self.model, self.optimizer = model, optimizer
+        self.average = WeightAverage(model, train['ema_decay']) if train['ema_decay'] else None
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch, self.batch = train['start_epoch'], 0
+        self.step = self.epoch * steps_per_epoch
+        self.total_steps = train['num_epochs'] * steps_per_epoch
+        self.steps_planned = False               # whether total_steps comes from max_minutes
+        self.meter = AverageMeter(5)
+        self.best_iou = -1.0                     # below any IoU: the first validation is the best so far
+        self.history = []
+        self.seconds_before, self.started = 0.0, time.monotonic()
+
+    def minutes(self):
+        """Minutes of this run, over all resumes."""
+        return (self.seconds_before + time.monotonic() - self.started) / 60
+
+    def finish_step(self, values, n_images):
+        """Count a step, whose results are [loss, CE, variance term, accuracy, IoU]."""
+        self.step += 1
+        self.batch += 1
+        self.meter.update(values, n_images)
+        if self.average:
+            self.average.update(self.model)
+
+    def finish_epoch(self, val):
+        """Count an epoch, whose validation results are [loss, accuracy, IoU]; returns its row of results."""
+        self.epoch += 1
+        row = [self.epoch, *self.meter.avg.tolist(), *val]
+        self.history.append(row)
+        self.best_iou = max(self.best_iou, val[2]) if not math.isnan(val[2]) else self.best_iou
+        self.batch, self.meter = 0, AverageMeter(5)
+        return row
+
+    def plan_steps(self, seconds_per_step, max_minutes):
+        """Fix the number of steps from the measured speed; done once in a run, so that a schedule has an end."""
+        self.total_steps = self.step + max(0, round((max_minutes - self.minutes()) * 60 / seconds_per_step))
+        self.steps_planned = True
+        log.info(f'{seconds_per_step:.2f} s per step: {self.total_steps} steps in {max_minutes:g} minutes')
+
+    def validation_model(self):
+        """The network that is validated and tested: that of the averaged weights, if they are averaged."""
+        return self.average.model if self.average else self.model
+
+    def as_checkpoint(self):
+        """The published entries (epoch, state_dict, best_iou, optimizer), and what an exact resume needs besides."""
+        checkpoint = {
+            'epoch': self.epoch, 'state_dict': self.validation_model().state_dict(), 'best_iou': self.best_iou,
+            'optimizer': self.optimizer.state_dict(), 'batch': self.batch, 'step': self.step,
+            'total_steps': self.total_steps, 'steps_planned': self.steps_planned, 'history': self.history,
+            'meter': (self.meter.sum.tolist(), self.meter.count.tolist()), 'minutes': self.minutes(),
+        }
+        if self.average:
+            checkpoint['raw_state_dict'] = self.model.state_dict()     # the weights that the optimizer moves
+        return checkpoint
+
+    def load(self, checkpoint, opt):
+        """Go on from a checkpoint, ours or a published one. Raises InputError if it cannot be resumed."""
+        path = opt.train['checkpoint']
+        if not checkpoint.get('optimizer'):
+            raise InputError(f'{path} holds no optimizer state, so that it cannot be resumed; '
+                             f'start a new run from its weights with --init-from')
+        load_weights(self.validation_model(), checkpoint['state_dict'], opt.model, path)
+        if self.average:
+            load_weights(self.model, checkpoint['raw_state_dict'], opt.model, path)
+        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        self.epoch, self.best_iou = checkpoint['epoch'], float(checkpoint['best_iou'])
+        self.step = self.epoch * self.steps_per_epoch
+        if 'step' not in checkpoint:                                   # published
+            return
+        self.batch, self.step, self.history = checkpoint['batch'], checkpoint['step'], checkpoint['history']
+        self.steps_planned = checkpoint['steps_planned']
+        if self.steps_planned:
+            self.total_steps = checkpoint['total_steps']
+        self.meter.sum, self.meter.count = (np.array(values) for values in checkpoint['meter'])
+        self.seconds_before = checkpoint['minutes'] * 60
+
+
+def take_options_of_run(opt, checkpoint):
+    """Resuming: options come from the checkpoint, but those that may change and were given on the command line.
+
+    Raises InputError that names an option which was given another value and cannot change.
+    """
+    path = Path(opt.train['checkpoint'])
+    if ('train', 'save_dir') not in opt.given and path.resolve().parent.name == 'checkpoints':
+        opt.train['save_dir'] = str(path.parent.parent)
+    stored = checkpoint.get('options')
+    if not stored:                                                     # published: options.py decides
+        return
+    if ('', 'dataset') in opt.given and opt.dataset != stored['dataset']:
+        refuse_change('dataset', opt.dataset, stored['dataset'], path)
+    opt.dataset = stored['dataset']
+    changeable = CHANGEABLE if stored['train']['lr_schedule'] == 'none' else CHANGEABLE - {'num_epochs'}
+    groups = [('model', opt.model), ('train', opt.train), *((f'transform.{k}', v) for k, v in opt.transform.items())]
+    for group, values in groups:
+        split = group.partition('.')[2]
+        before = stored['transform'][split] if split else stored[group]
+        for name in [*before, *(name for name in values if name not in before)]:
+            given = (group, name) in opt.given
+            if given and name not in changeable and values.get(name) != before.get(name):
+                refuse_change(name, values.get(name), before.get(name), path)
+            if not given and name not in ('save_dir', 'checkpoint', 'overwrite', 'gpu'):
+                values[name] = before.get(name)
+        if split:
+            opt.transform[split] = dict(before)
+
+
+def refuse_change(name, value, before, path):
+    raise InputError(f'--{name.replace("_", "-")} is {value}, but the run of {path} has {before}, and it cannot '
+                     f'change when a run is resumed; leave it out, or start a new run')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Run folder: checkpoints, logs, pictures
+# ---------------------------------------------------------------------------------------------------
+
+class Run:
+    """The run folder and what is written there. Raises InputError if the folder holds another run."""
+
+    def __init__(self, state, opt, mean_std):
+        self.state, self.opt, self.mean_std = state, opt, mean_std
+        self.folder = Path(opt.train['save_dir'])
+        self.checkpoints = self.folder / 'checkpoints'
+        if not opt.train['checkpoint'] and self.folder.exists() and any(self.folder.iterdir()):
+            if not opt.train['overwrite']:
+                raise InputError(f'{self.folder} is not empty; resume with --checkpoint-path '
+                                 f'{self.checkpoints}/checkpoint.pth.tar, choose another --save-dir, or replace the '
+                                 f'run with --overwrite True')
+            for name in RUN_FILES:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        opt.save(self.folder)
+        log.handlers.clear()
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.addHandler(logging.StreamHandler())
+        log.addHandler(logging.FileHandler(self.folder / 'train.log', encoding='utf-8'))
+        self.write_results()
+        self.writer = SummaryWriter(self.folder / 'tb_logs', purge_step=state.epoch + 1)
+        self.last_saved = time.monotonic()
+
+    def save_info(self, *datasets):
+        """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
+        packages = {name: importlib.metadata.version(name)
+                    for name in ('torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'Pillow')}
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+        files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+                 for dataset in datasets for item in dataset.items for path in item}
+        info = {'python': platform.python_version(), 'packages': packages, 'commit': git.stdout.strip() or None,
+                'seed': self.opt.train['seed'], 'files': files}
+        write_text(self.folder / 'run_info.json', json.dumps(info, indent=1) + '\n')
+
+    def log_epoch(self, row):
+        """One line of the log, TensorBoard, epoch_results.txt and learning_curve.png."""
+        log.info('epoch %d  train: loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f  '
+                 'val: loss %.4f  acc %.4f  IoU %.4f  (%.1f min)', *row, self.state.minutes())
+        for name, value in zip(COLUMNS[1:], row[1:]):
+            if not math.isnan(value):
+                self.writer.add_scalar(name.replace('_', '/', 1), value, row[0])
+        self.writer.flush()
+        self.write_results()
+        self.draw_learning_curve()
+
+    def write_results(self):
+        """epoch_results.txt, whole: so that it agrees with the checkpoint after any interruption."""
+        lines = ['\t'.join(COLUMNS)]
+        lines += ['\t'.join([str(row[0]), *(f'{value:.4f}' for value in row[1:])]) for row in self.state.history]
+        write_text(self.folder / 'epoch_results.txt', '\n'.join(lines) + '\n')
+
+    def draw_learning_curve(self):
+        """learning_curve.png: loss and IoU of training and validation over the epochs."""
+        from matplotlib.figure import Figure
+        table = dict(zip(COLUMNS, np.array(self.state.history, dtype=float).T))
+        figure = Figure(figsize=(10, 4), layout='constrained')
+        for axes, quantity in zip(figure.subplots(1, 2), ('loss', 'iou')):
+            for split in ('train', 'val'):
+                values = table[f'{split}_{quantity}']
+                known = ~np.isnan(values)
+                axes.plot(table['epoch'][known], values[known], label=split, marker='.' if known.sum() < 40 else None)
+            axes.set_xlabel('epoch')
+            axes.set_title({'loss': 'loss', 'iou': 'IoU of class 1'}[quantity])
+            axes.grid(alpha=0.3)
+            axes.legend()
+        with atomic_path(self.folder / 'learning_curve.png') as temporary:
+            figure.savefig(temporary, dpi=100)
+
+    @property
+    def latest(self):
+        return self.checkpoints / 'checkpoint.pth.tar'
+
+    def save_latest(self):
+        checkpoint = self.state.as_checkpoint()
+        checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
+        save_checkpoint(self.latest, checkpoint)
+        self.last_saved = time.monotonic()
+
+    def save_if_due(self):
+        """Save the latest checkpoint every `checkpoint_minutes`, so that a crash in mid-epoch loses only minutes."""
+        if time.monotonic() - self.last_saved >= self.opt.train['checkpoint_minutes'] * 60:
+            self.save_latest()
+
+    def save_epoch(self, is_best):
+        """The latest checkpoint, and copies of it: every `checkpoint_freq` epochs, and the best."""
+        self.save_latest()
+        names = [f'checkpoint_{self.state.epoch}'] if self.state.epoch % self.opt.train['checkpoint_freq'] == 0 else []
+        for name in names + ['checkpoint_best'] * is_best:
+            with atomic_path(self.checkpoints / f'{name}.pth.tar') as temporary:
+                shutil.copyfile(self.latest, temporary)
+
+    def last_good(self):
+        return f'the last good checkpoint is {self.latest}' if self.latest.is_file() else 'nothing was saved before'
+
+    def save_and_say_how_to_go_on(self):
+        self.save_latest()
+        log.info(f'stopped; go on with: python train.py --checkpoint-path {self.latest}')
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,753 @@
+"""What the scripts share: user errors, safe saving, sliding window, post-processing, metrics."""
+import contextlib
+import copy
+import errno
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import warnings
+from collections import namedtuple
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image
+from scipy import ndimage, sparse
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from scipy.spatial import cKDTree
+from skimage import measure
+from torch.nn import functional as F
+
+from FullNet import create_model
+
+
+# ---------------------------------------------------------------------------------------------------
+# Errors and script exit codes
+# ---------------------------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """Something the user can mend. Its message is one line: what was found, expected, where, what to do."""
+
+
+def run_script(main):
+    """Run `main()` as a program and exit with 0 (done), 2 (the user can mend it), 130 / 143 (SIGINT / SIGTERM).
+
+    An `InputError`, a missing or forbidden file and a full disk are one line on stderr. Any other
+    exception is a bug of ours: it keeps its traceback and exits with 1.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        # a loader process wraps the message in its traceback
+        _exit_with(2, 'error: ' + str(error).rsplit('InputError: ', 1)[-1])
+    except BrokenPipeError:                        # `python test.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _exit_with(2, f'error: no space left on the disk while writing {error.filename or "a file"}; '
+                          f'free some space and run the same command again')
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
+                           errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            _exit_with(2, f'error: {error.strerror}: {error.filename}')
+        raise
+    except KeyboardInterrupt:
+        _exit_with(130, 'interrupted')
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask a long computation to stop at the next `check`; a second one stops it at once.
+
+    A context manager, for the main thread. `check(save)` does nothing until a signal came; then it calls `save()` and
+    exits with 130 (SIGINT) or 143 (SIGTERM).
+    """
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print('\nstopping after this step, with a checkpoint; once more to stop at once', file=sys.stderr)
+
+    def check(self, save):
+        if self.signal is not None:
+            save()
+            sys.exit(128 + self.signal)
+
+
+def _exit_with(code, message):
+    print(' '.join(message.split('\n')), file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Saving files: never half-written
+# ---------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path` (same extension); rename it to `path` if the block succeeds.
+
+    A reader sees the old file or the whole new one, never a part. On an exception the temporary file
+    is removed and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix='.tmp_', suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())     # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask():
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def write_text(path, text):
+    """Write `text` (UTF-8) to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(text, encoding='utf-8')
+
+
+def save_image(path, array):
+    """Save a uint8 (H, W) or (H, W, 3) array as an image, or a uint16 (H, W) array as PNG, atomically.
+
+    The format is that of the extension of `path` (.png, .bmp, ...).
+    """
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(array)).save(temporary)
+
+
+def save_instances(path, label):
+    """Save an instance label (H, W): uint16, or uint32 above 65,535; TIFF (deflate) or PNG by the extension of `path`."""
+    path = Path(path)
+    dtype = np.uint16 if label.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
+    if path.suffix.lower() == '.png' and dtype == np.uint32:
+        raise ValueError(f'{path}: a PNG holds no ids above 65,535; save it as TIFF')
+    if path.suffix.lower() == '.png':
+        save_image(path, label.astype(dtype))
+        return
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(temporary, label.astype(dtype), compression='zlib', photometric='minisblack')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Devices
+# ---------------------------------------------------------------------------------------------------
+
+def choose_device(gpu='auto'):
+    """The torch device for the `gpu` option: 'auto' = CUDA, Apple MPS or CPU, whichever is there first;
+    [] = CPU; a list of CUDA numbers = the first of them. Raises InputError if a GPU is not there."""
+    if gpu == 'auto':
+        if torch.cuda.is_available():
+            return torch.device('cuda', 0)
+        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    if not gpu:
+        return torch.device('cpu')
+    count = torch.cuda.device_count()
+    missing = [number for number in gpu if number >= count]
+    if missing:
+        raise InputError(f'--gpu asks for GPU {missing[0]}, but {count} CUDA GPUs were found; '
+                         f'use --gpu cpu, or leave it out')
+    return torch.device('cuda', gpu[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+# What a published checkpoint holds besides tensors: `best_iou`, a NumPy float64 scalar, under NumPy's old or new names.
+_NUMPY_SCALARS = [
+    np.dtype, type(np.dtype(np.float64)),
+    (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
+    (np._core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
+]
+
+
+def build_model(options):
+    """The network of a `model` option group. Raises InputError for values that fit no network."""
+    try:
+        return create_model(**options)
+    except (ValueError, TypeError) as error:
+        raise InputError(f'no such model: {error}') from error
+
+
+def load_checkpoint(path):
+    """Read a checkpoint, ours or a published one, to the CPU; the `module.` prefix is taken off its state_dict.
+
+    Only tensors and plain values are unpickled (`weights_only`), so that a checkpoint from a stranger cannot run
+    code. Raises InputError if the file is missing, damaged or is not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'no checkpoint at {path}; train first, or give --model-path / --checkpoint-path')
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        if 'weights_only' in str(error).lower() or 'unsupported' in str(error).lower():
+            raise InputError(f'{path} holds more than weights and plain values, and was not loaded: it could run '
+                             f'code; get the checkpoint from its authors as weights only') from error
+        raise InputError(f'{path} is not a checkpoint, or is damaged; copy it again') from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError) as error:
+        raise InputError(f'{path} is not a checkpoint, or is damaged ({type(error).__name__}); '
+                         f'copy it again') from error
+    weights = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise InputError(f'{path} is not a checkpoint: expected a dict with a state_dict of tensors')
+    checkpoint['state_dict'] = {key.removeprefix('module.'): value for key, value in weights.items()}
+    return checkpoint
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint atomically, its state_dict with the `module.` prefix of the published format."""
+    weights = {f'module.{key}': value for key, value in checkpoint['state_dict'].items()}
+    with atomic_path(path) as temporary:
+        torch.save({**checkpoint, 'state_dict': weights}, temporary)
+
+
+def architecture(state_dict):
+    """The model options that the shapes in a state_dict tell: a dict of those option names that can be read off."""
+    blocks = sorted({int(key.split('.')[1][5:]) for key in state_dict if key.startswith('blocks.block')})
+    layers = {int(key.split('.')[2][10:]) for key in state_dict if key.startswith('blocks.block1.denselayer')}
+    found = {'in_c': state_dict['conv1.conv.weight'].shape[1], 'out_c': state_dict['conv2.weight'].shape[0],
+             'n_layers': max(layers)}
+    if 'blocks.block1.denselayer1.conv2.conv.weight' in state_dict:
+        found['layer_type'] = 'bottleneck'
+        found['growth_rate'] = state_dict['blocks.block1.denselayer1.conv2.conv.weight'].shape[0]
+    else:
+        found['layer_type'] = 'basic'
+        found['growth_rate'] = state_dict['blocks.block1.denselayer1.conv.conv.weight'].shape[0]
+    return found, len(blocks)
+
+
+def load_weights(model, state_dict, options, path):
+    """Load a state_dict into `model`, built with the model group `options`.
+
+    float16 and float64 weights are converted to float32, with a warning. Raises InputError that names what differs:
+    the options whose value the shapes contradict, missing or extra keys, or weights that are not finite.
+    """
+    expected = model.state_dict()
+    shapes_differ = [key for key in expected if key in state_dict and expected[key].shape != state_dict[key].shape]
+    missing = [key for key in expected if key not in state_dict]
+    extra = [key for key in state_dict if key not in expected]
+    if missing or extra or shapes_differ:
+        raise InputError(f'{path} does not fit the model: {_what_differs(state_dict, options)}'
+                         + _name_keys('missing', missing) + _name_keys('extra', extra)
+                         + _name_keys('of another shape', shapes_differ))
+    for key, value in state_dict.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise InputError(f'{path}: {key} holds NaN or infinite weights; use an earlier checkpoint')
+    types = {value.dtype for value in state_dict.values() if value.is_floating_point()} - {torch.float32}
+    if types:
+        warnings.warn(f'{path}: {", ".join(str(t).removeprefix("torch.") for t in types)} weights, '
+                      f'converted to float32', stacklevel=2)
+    model.load_state_dict(state_dict)
+
+
+def _name_keys(what, keys):
+    if not keys:
+        return ''
+    return f'; {len(keys)} {what}: {", ".join(keys[:3])}' + (', ...' if len(keys) > 3 else '')
+
+
+def _what_differs(state_dict, options):
+    try:
+        found, n_blocks = architecture(state_dict)
+    except (KeyError, ValueError, IndexError):
+        return 'its keys are not those of a FullNet'
+    differing = [f'{name} is {value} in the file, {options[name]} in the options'
+                 for name, value in found.items() if options[name] != value]
+    if n_blocks != len(options['dilations']):
+        differing.append(f'{n_blocks} dense blocks in the file, dilations has {len(options["dilations"])}')
+    return ', '.join(differing) or 'compress_ratio or another option differs'
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights and batch-norm statistics, as a network: `average.model`.
+
+    decay: of one step, such as 0.999; smaller in the first steps, so that the initial weights are soon forgotten.
+    """
+
+    def __init__(self, model, decay):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model):
+        average = self.model.state_dict()
+        step = int(next(value for key, value in model.state_dict().items() if key.endswith('num_batches_tracked')))
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                average[key].lerp_(value, 1 - decay)
+            else:
+                average[key].copy_(value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sliding window and test-time augmentation
+# ---------------------------------------------------------------------------------------------------
+
+def window_grid(length, size, overlap):
+    """Windows along one side: the padded length, and (start, stop, first, end) of each window.
+
+    A window reads [start, stop) and writes [first, end): all but its outer overlap // 2 pixels, except at the border.
+    """
+    if length <= max(size, overlap):
+        return length, [(0, length, 0, length)]
+    stride = size - overlap
+    padded = length
+    if length > size:
+        padded += stride - (length - size) % stride
+    windows = []
+    for start in range(0, padded - overlap, stride):
+        stop = min(start + size, padded)
+        first = start + overlap // 2 if start > 0 else 0
+        end = stop - overlap // 2 if stop < padded else padded
+        windows.append((start, stop, first, end))
+    return padded, windows
+
+
+def split_forward(model, input, size, overlap, outchannel=3):
+    """The model's output for images larger than it is run on, from overlapping windows.
+
+    input: (B, C, H, W) float tensor. size, overlap: pixels; the stride is their difference. model: maps a window
+    (B, C, h, w) to (B, outchannel, h, w). Returns (B, outchannel, H, W) on the input's device. A side longer than
+    `size` is zero-padded at the bottom / right to whole windows; a shorter one is one window of that length.
+    Raises ValueError unless 0 <= overlap < size.
+    """
+    if not 0 <= overlap < size:
+        raise ValueError(f'overlap is {overlap}; expected at least 0 and less than the window size, {size}')
+    batch, _, height, width = input.shape
+    padded_height, rows = window_grid(height, size, overlap)
+    padded_width, columns = window_grid(width, size, overlap)
+    padded = F.pad(input, (0, padded_width - width, 0, padded_height - height))
+    output = input.new_zeros(batch, outchannel, padded_height, padded_width)
+    for top, bottom, first_row, end_row in rows:
+        for left, right, first_column, end_column in columns:
+            window = model(padded[:, :, top:bottom, left:right])
+            output[:, :, first_row:end_row, first_column:end_column] = \
+                window[:, :, first_row - top:end_row - top, first_column - left:end_column - left]
+    return output[:, :, :height, :width]
+
+
+# Orientations of test-time augmentation: (number of 90-degree turns, mirror first). 'flips': what two mirrors give.
+ORIENTATIONS = {
+    'none': [(0, False)],
+    'flips': [(0, False), (0, True), (2, False), (2, True)],
+    'full': [(turns, mirror) for mirror in (False, True) for turns in range(4)],
+}
+
+
+def orient(array, turns, mirror):
+    """Mirror (H, W, ...) left-right if asked, then turn it by `turns` x 90 degrees."""
+    return np.rot90(array[:, ::-1] if mirror else array, turns)
+
+
+def orient_back(array, turns, mirror):
+    """Undo `orient`."""
+    array = np.rot90(array, -turns)
+    return array[:, ::-1] if mirror else array
+
+
+def predict_probabilities(predict, image, tta='full'):
+    """Mean probability maps over the orientations of test-time augmentation.
+
+    predict: maps an RGB image, uint8 (H, W, 3), to probabilities, float (H', W', classes). tta: full / flips / none.
+    Returns float32 (H', W', classes).
+    """
+    orientations = ORIENTATIONS[tta]
+    total = 0
+    for turns, mirror in orientations:
+        total = total + orient_back(predict(np.ascontiguousarray(orient(image, turns, mirror))), turns, mirror)
+    return np.asarray(total / len(orientations), dtype=np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Post-processing (test-time; paper section 3)
+# ---------------------------------------------------------------------------------------------------
+
+def disk(radius):
+    """Disk-shaped footprint, bool (2r + 1, 2r + 1): pixels within `radius` of the centre."""
+    y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
+    return x * x + y * y <= radius * radius
+
+
+def remove_small_components(mask, min_area):
+    """Drop the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
+    components, _ = ndimage.label(mask)
+    areas = np.bincount(components.ravel())
+    keep = areas >= min_area
+    keep[0] = False
+    return keep[components]
+
+
+def post_process(inside, min_area, radius, original_size=None):
+    """From the mask of class 1 to an instance label.
+
+    inside: bool (H, W), argmax of the probability maps == 1. min_area: pixels, smaller 4-connected components
+    go. original_size: (H0, W0) when the network saw a scaled image; the mask is resized to it bilinearly.
+    radius: pixels of the grey dilation that gives back the contour. Returns int32 (H0, W0), 0 = background.
+    """
+    mask = remove_small_components(inside, min_area)
+    if original_size is not None and mask.shape != tuple(original_size):
+        grey = Image.fromarray(mask.astype(np.uint8) * 255)
+        mask = np.array(grey.resize(original_size[::-1], Image.BILINEAR)) > 127.5
+    label, _ = ndimage.label(mask, np.ones((3, 3)))
+    return ndimage.grey_dilation(label, footprint=disk(radius)).astype(np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------
+# Every object-level metric starts from one table of the objects that overlap (`overlap_table`).
+# What images with nothing to match score:
+#
+#                             nuclei                      gland                       standard
+#                             all but H     Hausdorff     all but H     Hausdorff     all
+#   pred and gt empty         1             NaN           1             0             1
+#   one of the two empty      0             NaN           0             5e4           0
+#   no object overlaps        0             NaN           0             as usual      0
+#
+# "Empty" means no object; for the gland metric, no ground-truth object of 3 pixels or more. `AverageMeter` leaves
+# NaN out of its averages. An image without background is no special case.
+
+EPS = 1e-10                                        # in the denominators of the published ratios
+MIN_GLAND_AREA = 3                                 # smaller ground-truth glands are dropped, pixels
+NO_OBJECT_HAUSDORFF = 1e5                          # gland: distance to an image without objects, pixels
+
+NucleiScores = namedtuple('NucleiScores', 'recall precision F1 dice iou hausdorff AJI')        # hausdorff: pixels
+GlandScores = namedtuple('GlandScores', 'recall precision F1 dice iou hausdorff')
+
+
+class AverageMeter:
+    """Means of arrays of one shape, per element, over the values that are not NaN (NaN where there is none).
+
+    sum, count, avg: arrays of `shape`.
+    """
+
+    def __init__(self, shape=1):
+        self.sum = np.zeros(shape)
+        self.count = np.zeros(shape)
+
+    def update(self, values, n=1):
+        """Add `values`, the mean of `n` samples."""
+        values = np.asarray(values, dtype=float).reshape(self.sum.shape)
+        valid = ~np.isnan(values)
+        self.sum[valid] += n * values[valid]
+        self.count[valid] += n
+
+    @property
+    def avg(self):
+        with np.errstate(invalid='ignore'):
+            return self.sum / self.count
+
+
+def accuracy_pixel_level(output, target):
+    """Class 1 against the rest, mean over the batch.
+
+    output, target: integer or bool (B, H, W). Returns (6,) accuracy, IoU, recall, precision, F1,
+    (recall + specificity) / 2. A ratio without any pixel in its denominator is 0.
+    Raises InputError on arrays that do not fit.
+    """
+    output, target = (labels.reshape(len(labels), -1) == 1 for labels in _checked(output, target, '(B, H, W)'))
+    tp = (output & target).sum(1)
+    tn = (~output & ~target).sum(1)
+    fp = (output & ~target).sum(1)
+    fn = (~output & target).sum(1)
+    recall = tp / (tp + fn + EPS)
+    precision = tp / (tp + fp + EPS)
+    specificity = tn / (tn + fp + EPS)
+    return np.mean([(tp + tn) / (tp + tn + fp + fn + EPS),
+                    tp / (tp + fp + fn + EPS),
+                    recall,
+                    precision,
+                    2 * recall * precision / (recall + precision + EPS),
+                    (recall + specificity) / 2], axis=1)
+
+
+def nuclei_accuracy_object_level(pred, gt):
+    """Object-level scores of the nuclei experiments (paper section 3): `NucleiScores`.
+
+    pred, gt: integer or bool (H, W), 0 = background. In raster order each ground-truth object takes the free
+    prediction of highest IoU; any overlap makes a true positive. dice, iou, hausdorff are means over these pairs.
+    Raises InputError on arrays that do not fit.
+    """
+    table = overlap_table(pred, gt)
+    if table.n_pred == table.n_gt == 0:
+        return NucleiScores(1.0, 1.0, 1.0, 1.0, 1.0, np.nan, 1.0)
+    pairs = _published_pairs(table)
+    if len(pairs) == 0:
+        return NucleiScores(0.0, 0.0, 0.0, 0.0, 0.0, np.nan, 0.0)
+    iou = table.iou[pairs]
+    pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
+    distances = [hausdorff_distance(pred_shapes, table.pred[i], gt_shapes, table.gt[i]) for i in pairs]
+    return NucleiScores(*_detection_scores(len(pairs), table), dice=float(np.mean(2 * iou / (1 + iou))),
+                        iou=float(np.mean(iou)), hausdorff=float(np.mean(distances)), AJI=_aji(table, pairs))
+
+
+def gland_accuracy_object_level(pred, gt):
+    """Object-level scores of the GlaS challenge: `GlandScores`.
+
+    pred, gt: integer or bool (H, W), 0 = background. A prediction is a true positive if it covers at least half of
+    the gland that it overlaps most; two predictions on one gland count once. dice, iou, hausdorff: area-weighted
+    means over the glands, each with the prediction that it overlaps most, and over the predictions likewise, halved.
+    Raises InputError on arrays that do not fit.
+    """
+    table = overlap_table(pred, gt, min_gt_area=MIN_GLAND_AREA)
+    if table.n_pred == table.n_gt == 0:
+        return GlandScores(1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    pred_pairs = _best_pairs(table.pred, table.intersection, table.gt)
+    gt_pairs = _best_pairs(table.gt, table.intersection, table.pred)
+    covers_half = 2 * table.intersection[pred_pairs] >= table.gt_area[table.gt[pred_pairs]]
+    found = np.unique(table.gt[pred_pairs[covers_half]])
+
+    pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
+    gt_means = _gland_means(gt_shapes, pred_shapes, table.gt[gt_pairs], table.pred[gt_pairs], table.iou[gt_pairs])
+    pred_means = _gland_means(pred_shapes, gt_shapes, table.pred[pred_pairs], table.gt[pred_pairs],
+                              table.iou[pred_pairs])
+    return GlandScores(*_detection_scores(len(found), table), *((gt_means + pred_means) / 2).tolist())
+
+
+def standard_metrics(pred, gt):
+    """The measures that other papers report: dict of aji, aji_plus, aji_fullnet, pq, dq, sq, f1, ap50, map, dice.
+
+    pred, gt: integer or bool (H, W), 0 = background; their 8-connected regions are the objects.
+    aji: every ground-truth object with its best-IoU prediction (MoNuSeg). aji_plus: one-to-one, largest summed IoU.
+    aji_fullnet: the pairs of `nuclei_accuracy_object_level`. Of the pairs with IoU > 0.5: dq = f1 = 2 TP / (objects
+    in both maps), sq = mean IoU, pq = dq * sq. ap50, map: TP / (TP + FP + FN), TP one-to-one at IoU >= t; map is
+    the mean over t = 0.50, 0.55, ..., 0.95. dice: of the foreground pixels.
+    Raises InputError on arrays that do not fit.
+    """
+    table = overlap_table(pred, gt)
+    n_objects = table.n_pred + table.n_gt
+    if n_objects == 0:
+        return dict.fromkeys(('aji', 'aji_plus', 'aji_fullnet', 'pq', 'dq', 'sq', 'f1', 'ap50', 'map', 'dice'), 1.0)
+    # IoU > 0.5 makes pairs one-to-one by itself
+    matched_iou = table.iou[table.iou > 0.5]
+    dq = 2 * len(matched_iou) / n_objects
+    sq = float(matched_iou.mean()) if len(matched_iou) else 0.0
+    # IoU = 0.5 does not (both halves of an object): the best free pair goes first
+    one_to_one_iou = table.iou[_one_to_one(table, np.lexsort((table.pred, table.gt, -table.iou)))]
+    true_positives = np.array([np.sum(one_to_one_iou >= percent / 100) for percent in range(50, 100, 5)])
+    ap = true_positives / (n_objects - true_positives)
+    return {
+        'aji': _aji(table, _best_pairs(table.gt, table.iou, table.pred)),
+        'aji_plus': _aji(table, _largest_iou_sum_pairs(table)),
+        'aji_fullnet': _aji(table, _published_pairs(table)),
+        'pq': dq * sq, 'dq': dq, 'sq': sq, 'f1': dq,
+        'ap50': float(ap[0]), 'map': float(ap.mean()),
+        'dice': float(2 * table.intersection.sum() / (table.pred_area.sum() + table.gt_area.sum())),
+    }
+
+
+class OverlapTable(NamedTuple):
+    """Two label maps and all pairs of objects that overlap. Objects are numbered from 1."""
+    pred_map: np.ndarray                           # (H, W) 0 = background, 1..n_pred in raster order of first pixels
+    gt_map: np.ndarray
+    n_pred: int
+    n_gt: int
+    pred_area: np.ndarray                          # (n_pred + 1,) pixels of each object, [0] is 0
+    gt_area: np.ndarray
+    pred: np.ndarray                               # (n_pairs,) the objects of each pair
+    gt: np.ndarray
+    intersection: np.ndarray                       # (n_pairs,) pixels
+    union: np.ndarray
+    iou: np.ndarray
+
+
+def overlap_table(pred, gt, min_gt_area=1):
+    """`OverlapTable` of the 8-connected regions of equal value of two label maps.
+
+    pred, gt: integer or bool (H, W), 0 = background, ids in any order and with gaps. Ground-truth regions under
+    `min_gt_area` pixels are dropped. Raises InputError on arrays that do not fit.
+    """
+    pred, gt = _checked(pred, gt, '(H, W)')
+    pred_map, pred_area = _regions(pred, 1)
+    gt_map, gt_area = _regions(gt, min_gt_area)
+    both = (pred_map > 0) & (gt_map > 0)
+    codes, intersection = np.unique(gt_map[both] * len(pred_area) + pred_map[both], return_counts=True)
+    gt_ids, pred_ids = np.divmod(codes, len(pred_area))
+    union = gt_area[gt_ids] + pred_area[pred_ids] - intersection
+    return OverlapTable(pred_map, gt_map, len(pred_area) - 1, len(gt_area) - 1, pred_area, gt_area,
+                        pred_ids, gt_ids, intersection, union, intersection / union)
+
+
+def _regions(labels, min_area):
+    """Regions of at least `min_area` pixels, int64 (H, W), numbered by their first pixel; their areas, [0] is 0."""
+    regions = measure.label(labels, background=0, connectivity=2).astype(np.int64)
+    area = np.bincount(regions.ravel())
+    keep = area >= min_area
+    keep[0] = False
+    return (np.cumsum(keep) * keep)[regions], np.concatenate([[0], area[keep]])
+
+
+def _checked(pred, gt, axes):
+    """Both as arrays; InputError unless they are non-negative integers of one shape with these axes."""
+    pred, gt = np.asarray(pred), np.asarray(gt)
+    for name, array in (('prediction', pred), ('ground truth', gt)):
+        if array.dtype.kind not in 'bui':
+            raise InputError(f'{name}: expected an array of integer labels, found {array.dtype}')
+        if array.ndim != len(axes.split(',')) or array.size == 0:
+            raise InputError(f'{name}: expected a non-empty array of shape {axes}, found shape {array.shape}')
+        if array.min() < 0:
+            raise InputError(f'{name}: expected labels of 0 (background) and up, found {array.min()}')
+    if pred.shape != gt.shape:
+        raise InputError(f'prediction and ground truth differ in shape: {pred.shape} and {gt.shape}')
+    return pred, gt
+
+
+def _detection_scores(tp, table):
+    """recall, precision, F1 of `tp` true positives."""
+    return tp / (table.n_gt + EPS), tp / (table.n_pred + EPS), 2 * tp / (table.n_gt + table.n_pred + EPS)
+
+
+def _aji(table, pairs):
+    """Sum of intersections / (sum of unions + areas of the objects in no pair). pairs: indices into the table."""
+    alone = (table.gt_area.sum() - table.gt_area[np.unique(table.gt[pairs])].sum()
+             + table.pred_area.sum() - table.pred_area[np.unique(table.pred[pairs])].sum())
+    return float(table.intersection[pairs].sum() / (table.union[pairs].sum() + alone))
+
+
+def _best_pairs(objects, score, partners):
+    """Index of each object's pair of highest score, on a tie the one of the lowest partner; in order of objects."""
+    order = np.lexsort((partners, -score, objects))
+    return order[np.unique(objects[order], return_index=True)[1]]
+
+
+def _one_to_one(table, order):
+    """Those of the pairs, taken in `order`, of which both objects are still free."""
+    gt_taken, pred_taken, pairs = set(), set(), []
+    for i, gt, pred in zip(order.tolist(), table.gt[order].tolist(), table.pred[order].tolist()):
+        if gt not in gt_taken and pred not in pred_taken:
+            gt_taken.add(gt)
+            pred_taken.add(pred)
+            pairs.append(i)
+    return np.array(pairs, dtype=int)
+
+
+def _published_pairs(table):
+    """In raster order each ground-truth object takes the free prediction of highest IoU, the first on a tie."""
+    return _one_to_one(table, np.lexsort((table.pred, -table.iou, table.gt)))
+
+
+def _largest_iou_sum_pairs(table):
+    """The one-to-one pairs with the largest summed IoU.
+
+    A sparse assignment problem, in which each ground-truth object may also take a partner of its own that stands for
+    "none". As all n_gt objects get a partner, the 1 added to every weight (a sparse matrix has no zeros) adds n_gt.
+    """
+    if len(table.iou) == 0:
+        return np.array([], dtype=int)
+    gt_ids, rows = np.unique(table.gt, return_inverse=True)
+    pred_ids, columns = np.unique(table.pred, return_inverse=True)
+    none = np.arange(len(gt_ids))
+    weights = np.concatenate([1 + table.iou, np.ones(len(gt_ids))])
+    places = np.concatenate([rows, none]), np.concatenate([columns, len(pred_ids) + none])
+    graph = sparse.csr_array((weights, places), shape=(len(gt_ids), len(pred_ids) + len(gt_ids)))
+    partner = min_weight_full_bipartite_matching(graph, maximize=True)[1]
+    return np.flatnonzero(partner[rows] == columns)
+
+
+def _gland_means(own_shapes, other_shapes, own, other, iou):
+    """Area-weighted means, (3,) dice, iou, hausdorff, over all objects of one map; 0 if it has none.
+
+    own: (n,) the objects that have a partner; other, iou: that partner, the IoU. The remaining objects have
+    dice and iou 0 and the smallest Hausdorff distance to any object of the other map.
+    """
+    n_objects = len(own_shapes.area)
+    if n_objects == 0:
+        return np.zeros(3)
+    scores = np.zeros((n_objects, 3))
+    scores[own - 1, 0] = 2 * iou / (1 + iou)
+    scores[own - 1, 1] = iou
+    partner = dict(zip(own.tolist(), other.tolist()))
+    for i in range(1, n_objects + 1):
+        scores[i - 1, 2] = (hausdorff_distance(own_shapes, i, other_shapes, partner[i]) if i in partner
+                            else _nearest_object_distance(own_shapes, i, other_shapes))
+    return np.average(scores, axis=0, weights=own_shapes.area)
+
+
+class ObjectShapes:
+    """The pixels of the objects 1..n of a label map (H, W), for Hausdorff distances; entry i - 1 is object i.
+
+    area: (n,). pixels: list of (area, 2) rows and columns. on_edge: list of bool (area,), pixels with a 4-neighbour
+    outside the object or outside the image. low, high: (n, 2) corners of the bounding box, inclusive.
+    """
+
+    def __init__(self, label_map):
+        self.label_map = label_map
+        padded = np.pad(label_map, 1)
+        on_edge = np.zeros(label_map.shape, dtype=bool)
+        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+            on_edge |= neighbour != label_map
+        pixels = np.argwhere(label_map)
+        ids = label_map[label_map > 0]
+        order = np.argsort(ids, kind='stable')
+        pixels, on_edge = pixels[order], on_edge[label_map > 0][order]
+        self.area = np.bincount(ids)[1:]
+        starts = np.cumsum(self.area) - self.area
+        self.pixels = np.split(pixels, starts[1:])
+        self.on_edge = np.split(on_edge, starts[1:])
+        self.low = np.minimum.reduceat(pixels, starts)
+        self.high = np.maximum.reduceat(pixels, starts)
+
+
+def hausdorff_distance(a_shapes, a, b_shapes, b):
+    """Symmetric Hausdorff distance, in pixels, between all pixels of object `a` and all of object `b`. Exact."""
+    return max(_directed_hausdorff(a_shapes, a, b_shapes, b), _directed_hausdorff(b_shapes, b, a_shapes, a))
+
+
+def _directed_hausdorff(a_shapes, a, b_shapes, b):
+    """Largest distance from a pixel of `a` to its nearest pixel of `b`.
+
+    Few pixels decide it. Those of `a` inside `b` have distance 0. For any other one, the nearest pixel of `b` is on
+    b's edge: were its 4-neighbours all in `b`, the one a step towards the pixel would be nearer. And outside the
+    bounding box of `b` only the edge of `a` counts: a step away from the box leads away from all of `b`, so
+    a pixel whose 4-neighbours are all in `a` is not the farthest.
+    """
+    pixels = a_shapes.pixels[a - 1]
+    in_box = np.all((pixels >= b_shapes.low[b - 1]) & (pixels <= b_shapes.high[b - 1]), axis=1)
+    outside_b = b_shapes.label_map[pixels[:, 0], pixels[:, 1]] != b
+    far_pixels = pixels[outside_b & (a_shapes.on_edge[a - 1] | in_box)]
+    if len(far_pixels) == 0:
+        return 0.0
+    return cKDTree(b_shapes.pixels[b - 1][b_shapes.on_edge[b - 1]]).query(far_pixels)[0].max()
+
+
+def _nearest_object_distance(shapes, i, other_shapes):
+    """Smallest Hausdorff distance from object i to any object of the other map; NO_OBJECT_HAUSDORFF if it has none.
+
+    Where two sides of the bounding boxes lie d apart, the Hausdorff distance is at least d (no pixel of the one object
+    is nearer to the outer side of the other), so the search ends where this bound reaches the best distance.
+    """
+    bounds = np.maximum(np.abs(other_shapes.low - shapes.low[i - 1]).max(axis=1),
+                        np.abs(other_shapes.high - shapes.high[i - 1]).max(axis=1))
+    nearest = NO_OBJECT_HAUSDORFF
+    for j in np.argsort(bounds, kind='stable'):
+        if bounds[j] >= nearest:
+            break
+        nearest = min(nearest, hausdorff_distance(shapes, i, other_shapes, j + 1))
+    return nearest
