@@ -137,8 +137,8 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     if image.mode in ('L', 'P', 'PA', 'LA'):
         note(f'{path.name}: {"palette" if image.mode[0] == "P" else "grey"} image, converted to RGB')
     has_alpha = image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info
-    orientation = image.getexif().get(0x0112, 1)
     try:
+        orientation = image.getexif().get(0x0112, 1)
         if orientation not in (0, 1):
             note(f'{path.name}: turned by its EXIF orientation ({orientation})')
             image = ImageOps.exif_transpose(image)
@@ -270,7 +270,7 @@ class DataFolder(torch.utils.data.Dataset):
         self.data_transform = data_transform
         images = list_images(dir_list[0])
         self.names = [path.name for path in images]
-        self.items = [[path] + [Path(folder) / f'{path.stem}_{ending}' for folder, ending in zip(dir_list[1:], post_fix)]
+        self.items = [[path, *(Path(folder) / f'{path.stem}_{ending}' for folder, ending in zip(dir_list[1:], post_fix))]
                       for path in images]
         for k, folder in enumerate(dir_list[1:], start=1):
             missing = [item[k].name for item in self.items if not item[k].is_file()]

@@ -54,7 +54,7 @@ class LossVariance(nn.Module):
         variances = torch.zeros_like(means).index_add(0, owner, squares) / (sizes - 1).clamp(min=1)     # (I, C)
 
         image_of = torch.zeros(n_instances, dtype=torch.long, device=probs.device).index_copy(0, owner, image)
-        counts = torch.bincount(image_of, minlength=batch_size)                                         # (B,)
+        counts = torch.bincount(image_of, minlength=batch_size).to(probs.dtype)                         # (B,)
         per_image = probs.new_zeros(batch_size).index_add(0, image_of, variances.sum(1))
         return (per_image / (counts + 1e-8)).mean()
 

@@ -172,13 +172,15 @@ PREPARE = dict(
     raw_dir=Option('./raw/{dataset}', str, 'the data set as it was downloaded; never written to'),
     data_dir=Option('./data/{dataset}', str, 'where the prepared data goes'),
     anchor=Option('Prostate_TCGA-G9-6356-01Z-00-DX1', str,
-                  'colour normalisation: the image whose colours the others get (a name in raw_dir, or a file)'),
+                  "image whose colours the others get: a name in raw_dir or a file; '' leaves them as they are"),
     sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the weight between two objects', at_least=1e-3),
     w0=Option(10.0, float, 'largest weight between two objects', at_least=0),
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
-    val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)', at_least=0, below=1),
+    val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
+                        at_least=0.01, below=1),
     seed=Option(2019, int, 'seed of that split', at_least=0),
     binary_labels=Option(False, boolean, '0/255 masks as labels: their 8-connected components are the objects'),
+    scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
 )
 

@@ -12,8 +12,9 @@ from dataset import (LABEL_EXTENSIONS, check_mean_std, list_images, load_mean_st
 from my_transforms import get_transforms
 from options import Options
 from utils import (AverageMeter, InputError, accuracy_pixel_level, build_model, choose_device,
-                   gland_accuracy_object_level, load_checkpoint, load_weights, nuclei_accuracy_object_level, post_process,
-                   predict_probabilities, run_script, save_image, save_instances, split_forward, write_text)
+                   gland_accuracy_object_level, load_checkpoint, load_weights, nuclei_accuracy_object_level,
+                   post_process, predict_probabilities, run_script, save_image, save_instances, split_forward,
+                   write_text)
 
 METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
@@ -87,7 +88,7 @@ def take_model_of_checkpoint(opt, checkpoint):
 
 
 def find_mean_std(opt, checkpoint):
-    """mean_std, float64 (2, 3): of the checkpoint; of a published one, which has none, data_dir's file; else published."""
+    """mean_std, float64 (2, 3), of the checkpoint; a published one has none: data_dir's file, or the published values."""
     if 'mean_std' in checkpoint:
         return check_mean_std(np.array(checkpoint['mean_std']), opt.test['model_path'])
     path = Path(opt.test['data_dir']) / 'mean_std.npy'

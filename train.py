@@ -114,8 +114,8 @@ def train_epoch(state, loader, criterion, train, device, run, stop):
         loss, loss_ce, loss_var = criterion(logits, target, weight)
         if not torch.isfinite(loss):
             names = ', '.join(loader.dataset.names[key[0]] for key in batches.batch(state.epoch, state.batch))
-            raise InputError(f'the loss is {loss.item()} in epoch {state.epoch + 1}, step {state.batch + 1}, on {names}; '
-                             f'{run.last_good()}; try a lower --lr, or --clip-grad 1')
+            raise InputError(f'the loss is {loss.item()} in epoch {state.epoch + 1}, step {state.batch + 1}, on '
+                             f'{names}; {run.last_good()}; try a lower --lr, or --clip-grad 1')
 
         # 3. backward and update
         state.optimizer.zero_grad(set_to_none=True)

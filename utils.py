@@ -39,6 +39,7 @@ def run_script(main):
     An `InputError`, a missing or forbidden file and a full disk are one line on stderr. Any other
     exception is a bug of ours: it keeps its traceback and exits with 1.
     """
+    warnings.showwarning = lambda message, *_: print(f'note: {message}', file=sys.stderr)
     try:
         main()
         sys.stdout.flush()
@@ -140,7 +141,10 @@ def save_image(path, array):
 
 
 def save_instances(path, label):
-    """Save an instance label (H, W): uint16, or uint32 above 65,535; TIFF (deflate) or PNG by the extension of `path`."""
+    """Save an instance label (H, W) as TIFF (deflate) or PNG, by the extension of `path`; uint16, above 65,535 uint32.
+
+    Raises ValueError if a PNG is asked to hold ids above 65,535.
+    """
     path = Path(path)
     dtype = np.uint16 if label.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
     if path.suffix.lower() == '.png' and dtype == np.uint32:
@@ -657,7 +661,7 @@ def _largest_iou_sum_pairs(table):
     """The one-to-one pairs with the largest summed IoU.
 
     A sparse assignment problem, in which each ground-truth object may also take a partner of its own that stands for
-    "none". As all n_gt objects get a partner, the 1 added to every weight (a sparse matrix has no zeros) adds n_gt.
+    "none". The 1 added to every weight (a sparse matrix has no zeros) is in all sums alike: all get a partner.
     """
     if len(table.iou) == 0:
         return np.array([], dtype=int)

@@ -1,0 +1,66 @@
+"""Score Otsu's threshold on a folder of labelled nuclei images: the number that a trained network has to beat.
+
+    python scripts/otsu_baseline.py --img-dir DEMO/normalized --label-dir DEMO/labels_instance
+
+Dark pixels go through the same post-processing and the same (published) metrics as the network's output in test.py.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage.filters import threshold_otsu
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataset import list_images, missing_files_message, read_image, read_instance_label  # noqa: E402
+from utils import InputError, nuclei_accuracy_object_level, post_process, run_script  # noqa: E402
+
+
+def otsu_label(image, min_area=20, radius=2):
+    """Instance label, int32 (H, W), of the parts of an RGB image (H, W, 3) uint8 darker than Otsu's threshold.
+
+    min_area, radius: pixels, see `post_process`.
+    """
+    grey = np.array(Image.fromarray(image).convert('L'))
+    dark = (grey <= threshold_otsu(grey)) & (grey < grey.max())          # an image of one grey value has no nuclei
+    return post_process(dark, min_area, radius)
+
+
+def label_path(label_dir, name):
+    """The label of image `name`: {name}.png, or else {name}_label.png."""
+    plain = Path(label_dir) / f'{name}.png'
+    return plain if plain.exists() else Path(label_dir) / f'{name}_label.png'
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Score Otsu's threshold on a folder of labelled nuclei images.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--img-dir', required=True, help='folder of RGB images')
+    parser.add_argument('--label-dir', required=True, help='instance labels, {name}.png or {name}_label.png')
+    parser.add_argument('--min-area', type=int, default=20, help='smaller components are removed, pixels')
+    parser.add_argument('--radius', type=int, default=2, help='dilation of each object, pixels')
+    args = parser.parse_args(argv)
+    for name in ('min_area', 'radius'):
+        if getattr(args, name) < 0:
+            raise InputError(f'--{name.replace("_", "-")} is {getattr(args, name)}; expected 0 or more')
+
+    images = list_images(args.img_dir)
+    labels = [label_path(args.label_dir, path.stem) for path in images]
+    missing = [path.stem for path, label in zip(images, labels) if not label.exists()]
+    if missing:
+        raise InputError(missing_files_message('labels are', missing, args.label_dir))
+
+    print('name\tAJI\tDice\tF1')
+    scores = []
+    for path, label in zip(images, labels):
+        image = read_image(path)
+        truth = read_instance_label(label, image.shape[:2])
+        _, _, f1, dice, _, _, aji = nuclei_accuracy_object_level(otsu_label(image, args.min_area, args.radius), truth)
+        scores.append((aji, dice, f1))
+        print('\t'.join([path.stem, *(f'{score:.4f}' for score in scores[-1])]))
+    print('\t'.join(['mean', *(f'{score:.4f}' for score in np.mean(scores, axis=0))]))
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,300 @@
+"""What is read and what is refused; the training set."""
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from dataset import (DataFolder, EpochBatches, check_mean_std, list_images, load_mean_std, read_image,
+                     read_instance_label)
+from my_transforms import get_transforms
+from utils import InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+
+
+def png_by_hand(path, width, height, bits, pixels):
+    """An RGB PNG with the given header and (one row of) pixels, for what Pillow does not write."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, bits, 2, 0, 0, 0))
+                     + chunk(b'IDAT', zlib.compress(b'\0' + pixels)) + chunk(b'IEND', b''))
+
+
+@pytest.mark.parametrize('name, options', [
+    ('a.png', {}), ('a.bmp', {}), ('a.ppm', {}), ('a.tif', {}), ('a.tiff', dict(compression='tiff_lzw')),
+    ('b.tif', dict(compression='tiff_deflate')), ('c.tif', dict(big_tiff=True)),
+])
+def test_8_bit_rgb_is_taken_as_it_is(tmp_path, name, options, recwarn):
+    Image.fromarray(PIXELS).save(tmp_path / name, **options)
+    assert (read_image(tmp_path / name) == PIXELS).all() and not recwarn.list
+
+
+def test_tiled_tiff(tmp_path):
+    large = np.tile(PIXELS, (5, 5, 1))
+    tifffile.imwrite(tmp_path / 'a.tif', large, tile=(16, 16), photometric='rgb')
+    assert (read_image(tmp_path / 'a.tif') == large).all()
+
+
+@pytest.mark.parametrize('mode, note', [('L', 'grey image, converted'), ('P', 'palette image, converted')])
+def test_grey_and_palette_images_are_converted_with_a_note(tmp_path, mode, note):
+    image = Image.fromarray(PIXELS).convert(mode)
+    image.save(tmp_path / 'a.png')
+    with pytest.warns(UserWarning, match=note):
+        assert (read_image(tmp_path / 'a.png') == np.asarray(image.convert('RGB'))).all()
+
+
+def test_alpha_is_dropped_with_a_note_if_it_was_not_opaque(tmp_path, recwarn):
+    alpha = np.full((12, 17, 1), 255, np.uint8)
+    Image.fromarray(np.concatenate([PIXELS, alpha], axis=2)).save(tmp_path / 'opaque.png')
+    assert (read_image(tmp_path / 'opaque.png') == PIXELS).all() and not recwarn.list
+    alpha[3, 4] = 9
+    Image.fromarray(np.concatenate([PIXELS, alpha], axis=2)).save(tmp_path / 'a.png')
+    with pytest.warns(UserWarning, match='not fully opaque'):
+        assert (read_image(tmp_path / 'a.png') == PIXELS).all()
+
+
+def test_exif_orientation_is_applied_with_a_note(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(tmp_path / 'a.png', exif=exif)
+    with pytest.warns(UserWarning, match='EXIF orientation'):
+        assert (read_image(tmp_path / 'a.png') == np.rot90(PIXELS, -1)).all()
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
+    frames[0].save(tmp_path / 'a.png', save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match='only the first of its 2 frames'):
+        assert (read_image(tmp_path / 'a.png') == PIXELS).all()
+
+
+def test_reduced_pages_of_a_pyramid_are_ignored_and_real_pages_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / 'pyramid.tif') as tiff:
+        tiff.write(PIXELS, photometric='rgb')
+        tiff.write(PIXELS[::2, ::2], photometric='rgb', subfiletype=1)
+    assert (read_image(tmp_path / 'pyramid.tif') == PIXELS).all()
+    tifffile.imwrite(tmp_path / 'pages.tif', np.stack([PIXELS, PIXELS]), photometric='rgb')
+    with pytest.raises(InputError, match='has 2 pages'):
+        read_image(tmp_path / 'pages.tif')
+
+
+def test_16_bit_images_are_refused_unless_scaled(tmp_path):
+    png_by_hand(tmp_path / 'a.png', 2, 1, 16, struct.pack('>6H', 0, 1000, 2000, 500, 1500, 3000))
+    tifffile.imwrite(tmp_path / 'a.tif', np.array([[[0, 1000, 2000], [500, 1500, 3000]]], np.uint16), photometric='rgb')
+    Image.fromarray(np.array([[0, 500]], np.uint16)).save(tmp_path / 'grey.png')
+    for name in ('a.png', 'a.tif', 'grey.png'):
+        with pytest.raises(InputError, match='has 16 bits per channel, expected 8; give --scale-16bit LO HI'):
+            read_image(tmp_path / name)
+    for name in ('a.png', 'a.tif'):
+        assert read_image(tmp_path / name, scale_16bit=(0, 2000)).tolist() == [[[0, 127, 255], [63, 191, 255]]]
+    assert read_image(tmp_path / 'grey.png', scale_16bit=(0, 1000)).tolist() == [[[0] * 3, [127] * 3]]
+
+
+@pytest.mark.parametrize('name, make, message', [
+    ('a.png', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
+    ('a.tif', lambda p: tifffile.imwrite(p, PIXELS[..., 0] / 255), 'is a floating-point image|not an image'),
+    ('a.tif', lambda p: Image.fromarray(PIXELS[..., 0].astype(np.float32)).save(p), 'is a floating-point image'),
+    ('a.jpg', lambda p: Image.fromarray(PIXELS).convert('CMYK').save(p), 'has colour mode CMYK'),
+    ('a.png', lambda p: p.write_bytes(b''), r'is empty \(0 bytes\)'),
+    ('a.png', lambda p: p.write_text('hello'), 'is not an image that can be read'),
+    ('a.png', lambda p: p.mkdir(), 'expected a file, found a folder'),
+    ('a.png', lambda p: None, 'no such file'),
+])
+def test_images_that_are_refused(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        read_image(tmp_path / name)
+
+
+def test_a_truncated_image_is_refused(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / 'a.png')
+    (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:300])
+    with pytest.raises(InputError, match='damaged or truncated'):
+        read_image(tmp_path / 'a.png')
+
+
+def test_a_huge_image_is_refused_by_its_header(tmp_path):
+    png_by_hand(tmp_path / 'a.png', 200_000, 200_000, 8, b'')
+    with pytest.raises(InputError, match='200000 x 200000 = 40000 megapixels, more than max_megapixels = 1000'):
+        read_image(tmp_path / 'a.png')
+
+
+def test_folders(tmp_path):
+    with pytest.raises(InputError, match='no such folder'):
+        list_images(tmp_path / 'nothing')
+    with pytest.raises(InputError, match='no images in .*: looked for .jpg .* saw an empty folder'):
+        list_images(tmp_path)
+    for name in ('b.PNG', 'a.tif', '.DS_Store', 'notes.txt', '._a.png'):
+        (tmp_path / name).touch()
+    assert [p.name for p in list_images(tmp_path)] == ['a.tif', 'b.PNG']
+    with pytest.raises(InputError, match='expected a folder, found a file'):
+        list_images(tmp_path / 'a.tif')
+    (tmp_path / 'a.png').touch()
+    with pytest.raises(InputError, match='two images of one name in .*: a.png and a.tif'):
+        list_images(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Instance labels
+# ---------------------------------------------------------------------------------------------------
+
+IDS = np.array([[0, 1, 1], [7, 0, 200]])
+
+
+@pytest.mark.parametrize('name, make', [
+    ('a.png', lambda p: Image.fromarray(IDS.astype(np.uint8)).save(p)),
+    ('a.bmp', lambda p: Image.fromarray(IDS.astype(np.uint8)).save(p)),
+    ('a.png', lambda p: Image.fromarray(IDS.astype(np.uint16)).save(p)),
+    ('a.tif', lambda p: Image.fromarray(IDS.astype(np.uint16)).save(p)),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32))),
+    ('a.npy', lambda p: np.save(p, IDS)),
+    ('a.npy', lambda p: np.save(p, IDS.astype(float))),
+])
+def test_integer_labels_are_read_as_they_are(tmp_path, name, make):
+    make(tmp_path / name)
+    label = read_instance_label(tmp_path / name, (2, 3))
+    assert label.dtype == np.int32 and (label == IDS).all()
+
+
+def test_large_ids(tmp_path):
+    ids = np.array([[0, 70_000], [1, 2_000_000_000]], np.uint32)
+    tifffile.imwrite(tmp_path / 'a.tif', ids)
+    assert (read_instance_label(tmp_path / 'a.tif') == ids).all()
+
+
+def test_indices_of_a_palette_are_the_ids(tmp_path):
+    image = Image.fromarray(IDS.astype(np.uint8)).convert('P')
+    image.putdata(IDS.astype(np.uint8).ravel().tolist())
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    for name in ('a.png', 'a.bmp'):
+        image.save(tmp_path / name)
+        assert (read_instance_label(tmp_path / name) == IDS).all()
+
+
+def test_equal_channels_empty_labels_and_masks(tmp_path):
+    Image.fromarray(np.repeat(IDS[..., None], 3, axis=2).astype(np.uint8)).save(tmp_path / 'rgb.png')
+    with pytest.warns(UserWarning, match='three equal channels'):
+        assert (read_instance_label(tmp_path / 'rgb.png') == IDS).all()
+    Image.new('L', (4, 4)).save(tmp_path / 'empty.png')
+    with pytest.warns(UserWarning, match='the label has no object'):
+        assert read_instance_label(tmp_path / 'empty.png').max() == 0
+    Image.fromarray(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 0], [255, 0, 0]], np.uint8)).save(tmp_path / 'mask.png')
+    with pytest.raises(InputError, match='holds only 0 and 255, .* give --binary-labels'):
+        read_instance_label(tmp_path / 'mask.png')
+    assert read_instance_label(tmp_path / 'mask.png', binary_labels=True).tolist() == \
+        [[1, 0, 0], [0, 1, 0], [0, 0, 0], [2, 0, 0]]
+
+
+@pytest.mark.parametrize('name, make, message', [
+    ('a.png', lambda p: Image.fromarray(PIXELS).save(p), 'is a colour image'),
+    ('a.jpg', lambda p: Image.fromarray(PIXELS).save(p), 'is a JPEG'),
+    ('a.png', lambda p: Image.fromarray(PIXELS).save(p, 'JPEG'), 'is a JPEG'),
+    ('a.npy', lambda p: np.save(p, IDS + 0.5), 'fractional or non-finite'),
+    ('a.npy', lambda p: np.save(p, np.full((2, 2), np.nan)), 'fractional or non-finite'),
+    ('a.npy', lambda p: np.save(p, -IDS), 'holds negative ids'),
+    ('a.npy', lambda p: np.save(p, IDS * 10 ** 9), 'holds ids above 2147483647'),
+    ('a.npy', lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), 'is not a plain NumPy array'),
+    ('a.npy', lambda p: np.save(p, np.zeros((2, 2, 2, 2), int)), r'has shape \(2, 2, 2, 2\)'),
+    ('a.npy', lambda p: None, 'no such file'),
+    ('a.png', lambda p: Image.fromarray(IDS.astype(np.uint8)).resize((9, 9)).save(p), 'is 9 x 9 pixels, its image 3'),
+])
+def test_labels_that_are_refused(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        read_instance_label(tmp_path / name, (2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training set
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def folders(tmp_path):
+    for k, (folder, ending, mode) in enumerate((('images', '', 'RGB'), ('weights', '_weight', 'L'),
+                                                ('labels', '_label', 'RGB'))):
+        (tmp_path / folder).mkdir()
+        for name in ('x_1', 'x.y_2'):
+            Image.new(mode, (20, 16), 10 * (k + 1) if mode == 'L' else (200, 0, k)).save(
+                tmp_path / folder / f'{name}{ending}.png')
+    return [tmp_path / 'images', tmp_path / 'weights', tmp_path / 'labels']
+
+
+POST_FIX = ['weight.png', 'label.png']
+
+
+def test_items_are_image_weight_map_and_label(folders):
+    dataset = DataFolder(folders, POST_FIX, [3, 1, 3])
+    assert len(dataset) == 2 and dataset.names == ['x.y_2.png', 'x_1.png']
+    image, weight, label = dataset[1]
+    assert (image.mode, weight.mode, label.mode) == ('RGB', 'L', 'RGB') and weight.getpixel((0, 0)) == 20
+    tensors = DataFolder(folders, POST_FIX, [3, 1, 3], get_transforms({'label_encoding': 1, 'to_tensor': 1}))[0]
+    assert [tuple(t.shape) for t in tensors] == [(3, 16, 20), (1, 16, 20), (1, 16, 20)]
+    assert tensors[1].dtype == torch.int64
+
+
+def test_missing_and_unmatched_partners_are_named(folders):
+    (folders[1] / 'x_1_weight.png').unlink()
+    with pytest.raises(InputError, match='1 partners of images missing in .*weights: x_1_weight.png; run prepare_data'):
+        DataFolder(folders, POST_FIX, [3, 1, 3])
+    Image.new('L', (20, 16)).save(folders[1] / 'x_1_weight.png')
+    Image.new('L', (20, 16)).save(folders[1] / 'z_weight.png')
+    with pytest.raises(InputError, match='1 files in .*weights have no image in .*images: z_weight.png'):
+        DataFolder(folders, POST_FIX, [3, 1, 3])
+
+
+def test_a_partner_of_another_size(folders):
+    Image.new('L', (20, 15)).save(folders[1] / 'x_1_weight.png')
+    with pytest.raises(InputError, match='x_1_weight.png is 20 x 15 pixels, its image 20 x 16'):
+        DataFolder(folders, POST_FIX, [3, 1, 3])[1]
+
+
+def test_folders_and_post_fixes_must_match(folders):
+    with pytest.raises(ValueError, match='3 folders, 1 post-fixes, 3 channels'):
+        DataFolder(folders, ['label.png'], [3, 1, 3])
+
+
+def test_a_sample_depends_on_index_seed_and_epoch_alone(folders):
+    dataset = DataFolder(folders, POST_FIX, [3, 1, 3], get_transforms({'random_crop': 8, 'random_affine': 0.3,
+                                                                       'to_tensor': 1}))
+    first = dataset[0, 5, 1]
+    dataset[1, 5, 1], torch.rand(3), np.random.rand(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, dataset[0, 5, 1]))
+    others = [dataset[0, 5, 2], dataset[0, 6, 1]]
+    assert all(not torch.equal(first[0], other[0]) for other in others)
+
+
+def test_batches_are_a_new_order_each_epoch_and_can_start_in_the_middle():
+    batches = EpochBatches(10, 4, seed=3)
+    first = list(batches)
+    assert [len(b) for b in first] == [4, 4, 2] and len(batches) == 3
+    assert sorted(key[0] for batch in first for key in batch) == list(range(10))
+    batches.set_position(0, 1)
+    assert list(batches) == first[1:]
+    batches.set_position(1, 0)
+    assert [k[0] for b in batches for k in b] != [k[0] for b in first for k in b]
+    assert list(EpochBatches(10, 4, seed=3)) == first and list(EpochBatches(10, 4, seed=4)) != first
+
+
+@pytest.mark.parametrize('array, message', [
+    (np.zeros((3, 2)), r'float64 of shape \(3, 2\); expected finite floats of shape \(2, 3\)'),
+    (np.zeros((2, 3), int), 'holds int64'),
+    (np.full((2, 3), np.nan), 'expected finite floats'),
+    (np.array([[0.5] * 3, [0.1, 0, 0.1]]), 'has a standard deviation of 0'),
+])
+def test_mean_std_that_are_refused(tmp_path, array, message):
+    np.save(tmp_path / 'mean_std.npy', array)
+    with pytest.raises(InputError, match=message):
+        load_mean_std(tmp_path / 'mean_std.npy')
+
+
+def test_mean_std_missing_or_pickled(tmp_path):
+    with pytest.raises(InputError, match='no .*mean_std.npy; prepare_data.py writes it'):
+        load_mean_std(tmp_path / 'mean_std.npy')
+    np.save(tmp_path / 'mean_std.npy', np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match='is not a plain NumPy array'):
+        load_mean_std(tmp_path / 'mean_std.npy')
+    assert check_mean_std([[0.5] * 3, [0.1] * 3], 'x').shape == (2, 3)

@@ -1,0 +1,151 @@
+"""The demo data set: reproducible, valid labels, and neither trivial nor hopeless for a threshold."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
+import make_demo_data  # noqa: E402
+import otsu_baseline  # noqa: E402
+from utils import InputError, nuclei_accuracy_object_level  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    """The default data set."""
+    out = tmp_path_factory.mktemp('demo')
+    make_demo_data.main([str(out)])
+    return out
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def labels(demo):
+    return {path.name: read(path) for path in sorted((demo / 'labels_instance').iterdir())}
+
+
+def test_layout(demo):
+    split = json.loads((demo / 'split.json').read_text())
+    assert {name: len(images) for name, images in split.items()} == {'train': 6, 'val': 2, 'test_same': 2}
+    names = sorted(name for images in split.values() for name in images)
+    assert sorted(p.name for p in (demo / 'normalized').iterdir()) == [f'{n}.png' for n in names]
+    assert sorted(p.name for p in (demo / 'labels_instance').iterdir()) == [f'{n}_label.png' for n in names]
+    for name in names:
+        image = read(demo / 'normalized' / f'{name}.png')
+        assert image.shape == (500, 500, 3) and image.dtype == np.uint8
+
+
+def test_labels_are_valid(demo):
+    for name, label in labels(demo).items():
+        assert label.shape == (500, 500) and label.dtype == np.uint16, name
+        count = int(label.max())
+        assert 40 <= count <= 120, name
+        areas = np.bincount(label.ravel())[1:]
+        assert areas.min() >= make_demo_data.SMALLEST_NUCLEUS, name           # so ids are consecutive too
+        for number, window in enumerate(ndimage.find_objects(label), start=1):
+            assert ndimage.label(label[window] == number, np.ones((3, 3)))[1] == 1, (name, number)
+
+
+def test_nuclei_touch_and_vary_in_size(demo):
+    for name, label in labels(demo).items():
+        touching = np.unique(label[make_demo_data.touches_another(label.astype(int))])
+        assert len(touching) >= 0.1 * label.max(), name
+        small, large = np.percentile(np.bincount(label.ravel())[1:], (5, 95))
+        assert small < 150 and large > 300, name
+
+
+def test_touches_another():
+    label = np.array([[1, 1, 2, 0], [1, 1, 0, 3], [0, 0, 0, 0], [4, 0, 0, 0]])
+    expected = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]], bool)
+    assert (make_demo_data.touches_another(label) == expected).all()
+
+
+def test_nuclei_are_darker_than_background(demo):
+    for name, label in labels(demo).items():
+        image = read(demo / 'normalized' / name.replace('_label', ''))
+        assert image[label > 0].mean() < image[label == 0].mean() - 20, name
+
+
+def test_same_seed_same_bytes_whatever_the_number_of_images(tmp_path):
+    small = ['--size', '128']
+    make_demo_data.main([str(tmp_path / 'a'), *small, '--train', '2', '--val', '1', '--test', '1'])
+    make_demo_data.main([str(tmp_path / 'b'), *small, '--train', '2', '--val', '1', '--test', '1'])
+    make_demo_data.main([str(tmp_path / 'more'), *small, '--train', '3', '--val', '2', '--test', '2'])
+    make_demo_data.main([str(tmp_path / 'other'), *small, '--train', '2', '--val', '1', '--test', '1', '--seed', '1'])
+    a, b, more, other = (files(tmp_path / name) for name in ('a', 'b', 'more', 'other'))
+    assert a == b
+    assert len(a) == 9
+    pictures = [name for name in a if name.endswith('.png')]
+    assert all(more[name] == a[name] for name in pictures)
+    assert all(other[name] != a[name] for name in pictures)
+
+
+def test_earlier_output_is_replaced_and_other_folders_refused(tmp_path):
+    out = tmp_path / 'demo'
+    few = ['--size', '64', '--val', '1', '--test', '1']
+    make_demo_data.main([str(out), *few, '--train', '2'])
+    make_demo_data.main([str(out), *few, '--train', '1'])
+    assert not (out / 'normalized' / 'demo_train_02.png').exists()
+
+    foreign = out / 'normalized' / 'patient.png'
+    foreign.write_bytes(b'mine')
+    before = files(out)
+    with pytest.raises(InputError, match='patient.png was not made by this script'):
+        make_demo_data.main([str(out), *few])
+    assert files(out) == before
+
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'todo.txt').write_text('buy milk')
+    with pytest.raises(InputError, match='todo.txt was not made by this script'):
+        make_demo_data.main([str(tmp_path / 'notes')])
+
+
+@pytest.mark.parametrize('option, value', [('--train', '0'), ('--size', '10'), ('--seed', '-1')])
+def test_bad_options(tmp_path, option, value):
+    with pytest.raises(InputError, match=f'{option} is {value}; expected'):
+        make_demo_data.main([str(tmp_path / 'out'), option, value])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_otsu_is_a_weak_baseline_on_the_test_images(demo):
+    for name in json.loads((demo / 'split.json').read_text())['test_same']:
+        predicted = otsu_baseline.otsu_label(read(demo / 'normalized' / f'{name}.png'), min_area=20, radius=2)
+        truth = read(demo / 'labels_instance' / f'{name}_label.png').astype(int)
+        aji = nuclei_accuracy_object_level(predicted, truth)[6]
+        assert 0.2 < aji < 0.5, name
+
+
+def test_otsu_label_finds_dark_squares_and_nothing_in_a_flat_image():
+    image = np.full((60, 60, 3), 220, np.uint8)
+    image[10:20, 10:20] = image[40:50, 40:50] = (90, 50, 120)
+    image[5:7, 50:52] = 0                                                # 4 pixels: too small
+    label = otsu_baseline.otsu_label(image, min_area=20, radius=2)
+    assert label.max() == 2
+    assert label[15, 15] == 1 and label[45, 45] == 2
+    assert label[8, 15] == 1 and label[7, 15] == 0                       # dilated by the radius
+    assert otsu_baseline.otsu_label(np.full((60, 60, 3), 220, np.uint8)).max() == 0
+
+
+def test_otsu_script_prints_each_image_and_the_mean(demo, capsys):
+    otsu_baseline.main(['--img-dir', str(demo / 'normalized'), '--label-dir', str(demo / 'labels_instance')])
+    lines = [line.split('\t') for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ['name', 'AJI', 'Dice', 'F1']
+    assert len(lines) == 12 and lines[1][0] == 'demo_test_01' and lines[-1][0] == 'mean'
+    values = np.array([line[1:] for line in lines[1:]], float)
+    np.testing.assert_allclose(values[-1], values[:-1].mean(axis=0), atol=1e-4)
+
+
+def test_otsu_script_names_missing_labels(demo, tmp_path):
+    with pytest.raises(InputError, match='10 labels are missing'):
+        otsu_baseline.main(['--img-dir', str(demo / 'normalized'), '--label-dir', str(tmp_path)])

@@ -1,0 +1,122 @@
+"""FullNet and FCN_pooling against the golden numbers and against what the paper says of them."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from FullNet import HYBRID_DILATIONS, FCN_pooling, FullNet, create_model, layer_dilations
+
+GOLDEN = Path(__file__).parent / 'golden'
+SMALL = dict(n_layers=4, growth_rate=4, drop_rate=0.0)
+
+
+def relative_difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize('name, network', [('basic4', FullNet), ('basic6', FullNet), ('bottleneck', FullNet),
+                                           ('fcn_pooling', FCN_pooling)])
+def test_outputs_and_gradients_are_the_published_ones(name, network):
+    golden = np.load(GOLDEN / f'model_{name}.npz')
+    model = network(3, 3, **json.loads(str(golden['config'])))
+    model.load_state_dict({k[3:]: torch.from_numpy(golden[k]) for k in golden if k.startswith('sd/')})
+    input = torch.from_numpy(golden['input'])
+    with torch.no_grad():
+        assert relative_difference(model.eval()(input).numpy(), golden['eval_output']) < 1e-4
+    output = model.train()(input)
+    assert relative_difference(output.detach().numpy(), golden['train_output']) < 1e-4
+    (output ** 2).mean().backward()
+    assert relative_difference(model.conv1.conv.weight.grad.numpy(), golden['grad_conv1']) < 2e-2
+    assert relative_difference(model.conv2.weight.grad.numpy(), golden['grad_last']) < 1e-3
+
+
+@pytest.mark.parametrize('name, network', [('fullnet', FullNet), ('fcn_pooling', FCN_pooling)])
+def test_state_dict_has_the_published_names_and_shapes(name, network):
+    published = json.loads((GOLDEN / f'{name}_state_dict.json').read_text())
+    assert {k: list(v.shape) for k, v in network(3, 3).state_dict().items()} == published
+
+
+def test_default_network_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in FullNet(3, 3).parameters()) == 1_780_233
+
+
+@pytest.mark.parametrize('network', [FullNet, FCN_pooling])
+@pytest.mark.parametrize('layer_type', ['basic', 'bottleneck'])
+def test_every_parameter_gets_a_gradient(network, layer_type):
+    torch.manual_seed(0)
+    model = network(3, 3, layer_type=layer_type, **SMALL)
+    model(torch.randn(2, 3, 32, 48)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_conv_layer_is_convolution_then_activation_then_batch_norm():
+    layer = FullNet(3, 3, **SMALL).conv1
+    assert [type(m) for m in layer] == [nn.Conv2d, nn.LeakyReLU, nn.BatchNorm2d]
+    assert layer.relu.negative_slope == 0.01 and layer.conv.bias is None
+
+
+def test_dilations_of_the_layers_are_those_of_the_hybrid_table():
+    model = FullNet(3, 3, n_layers=6, growth_rate=2)
+    for i, dilation in enumerate((1, 2, 4, 8, 16, 4, 1), start=1):
+        block = getattr(model.blocks, f'block{i}')
+        assert tuple(layer.conv.conv.dilation[0] for layer in block.children()) == HYBRID_DILATIONS[dilation, 6]
+    assert layer_dilations(16, 4) == (13, 15, 17, 19)
+    assert layer_dilations(5, 3, is_hybrid=False) == (5, 5, 5)
+
+
+def test_a_pair_outside_the_hybrid_table_is_an_error_that_names_the_valid_ones():
+    with pytest.raises(ValueError, match=r'no hybrid dilations for .* \(3, 6\); valid pairs are \(1, 4\)'):
+        FullNet(3, 3, dilations=(1, 3))
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = FullNet(3, 3, growth_rate=8)
+    weight = model.blocks.trans3.conv.weight                   # 1x1
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / weight.shape[0]), rel=0.05)
+    weight = model.blocks.block3.denselayer6.conv.conv.weight  # 3x3
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 8)), rel=0.05)
+    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize('network', [FullNet, FCN_pooling])
+@pytest.mark.parametrize('size', [(1, 1), (1, 37), (33, 48), (50, 47)])
+def test_output_has_the_size_of_the_input(network, size):
+    with torch.no_grad():
+        assert network(3, 3, **SMALL).eval()(torch.randn(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_fcn_pooling_pads_to_multiples_of_16_and_crops_back():
+    torch.manual_seed(0)
+    model = FCN_pooling(3, 3, **SMALL).eval()
+    image = torch.randn(1, 3, 40, 50)
+    padded = torch.zeros(1, 3, 48, 64)
+    padded[:, :, :40, :50] = image
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), model(padded)[:, :, :40, :50])
+
+
+def test_dropout_works_in_training_and_is_off_in_evaluation():
+    torch.manual_seed(0)
+    model = FullNet(3, 3, n_layers=4, growth_rate=4, drop_rate=0.5)
+    image = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        assert not torch.equal(model(image), model(image))
+        model.eval()
+        assert torch.equal(model(image), model(image))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(name='UNet'), "model name is 'UNet'; expected one of FullNet, FCN_pooling"),
+    (dict(layer_type='wide'), "layer_type is 'wide'; expected one of basic, bottleneck"),
+    (dict(name='FCN_pooling', dilations=(1, 2)), 'FCN_pooling needs exactly 7 dilations, found 2'),
+    (dict(compress_ratio=0.001), 'compress_ratio 0.001 leaves no channel after block 1'),
+])
+def test_values_that_fit_no_network(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(**arguments)

@@ -1,0 +1,717 @@
+"""Preparation: each step against golden numbers or a slow obvious version; the whole on miniature data sets."""
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from scipy import ndimage
+
+import prepare_data
+from dataset import read_image, read_instance_label
+from prepare_data import (MULTI_ORGAN_SPLIT, Reinhard_normalizer, color_norm, compute_mean_std, count_objects,
+                          create_ternary_labels, find_glas, instance_label_from_xml, main, patch_positions,
+                          save_instance_label, split_patches, ternary_label)
+from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
+from utils import InputError, save_image
+from weight_map import create_weight_maps, encode_weight_map, weight_map
+
+CROSS = ndimage.generate_binary_structure(2, 1)
+
+
+@pytest.fixture
+def golden():
+    return np.load(GOLDEN / 'prepare.npz', allow_pickle=False)
+
+
+@functools.cache
+def random_image(seed, height, width):
+    """Smooth colours, so that the channels are correlated as in a stained tissue."""
+    rng = np.random.default_rng(seed)
+    noise = ndimage.gaussian_filter(rng.random((height, width, 3)), (4, 4, 0.5))
+    return (255 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8)
+
+
+def contents(folder):
+    """{relative path: bytes} of all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ternary labels
+# ---------------------------------------------------------------------------------------------------
+
+def slow_ternary_label(instance_label):
+    """One erosion and one dilation of the whole image per object."""
+    inside = np.zeros(instance_label.shape, bool)
+    contour = np.zeros(instance_label.shape, bool)
+    for object_id in np.unique(instance_label[instance_label > 0]):
+        mask = instance_label == object_id
+        eroded = ndimage.binary_erosion(mask, CROSS, border_value=1)
+        inside |= eroded
+        contour |= ndimage.binary_dilation(mask, CROSS) & ~eroded
+    assert not (inside & contour).any()
+    return np.stack([inside, contour, ~(inside | contour)], axis=-1) * np.uint8(255)
+
+
+def test_ternary_label_golden(golden):
+    assert np.array_equal(ternary_label(golden['instance']), golden['ternary'])
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_ternary_label_equals_the_slow_version(seed):
+    label = random_label(seed)
+    ternary = ternary_label(label)
+    assert ternary.dtype == np.uint8 and np.array_equal(ternary, slow_ternary_label(label))
+
+
+@settings(max_examples=150, deadline=None)
+@given(arrays(np.uint16, st.tuples(st.integers(1, 8), st.integers(1, 8)), elements=st.sampled_from([0, 1, 2, 65535])))
+def test_ternary_label_equals_the_slow_version_on_any_small_label(label):
+    ternary = ternary_label(label)
+    assert np.array_equal(ternary, slow_ternary_label(label))
+    assert (ternary.astype(int).sum(axis=-1) == 255).all()
+
+
+def test_ternary_label_of_one_object_filling_the_image_is_all_inside():
+    assert (ternary_label(np.full((4, 5), 3)) == [255, 0, 0]).all()
+
+
+def test_create_ternary_labels_names(tmp_path):
+    nuclei, glands = random_label(0) % 300, random_label(1) % 50
+    save_image(tmp_path / 'in' / 'Liver_1_label.png', nuclei.astype(np.uint16))
+    save_image(tmp_path / 'in' / 'train_8_anno.bmp', glands.astype(np.uint8))
+    create_ternary_labels(tmp_path / 'in', tmp_path / 'out')
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['Liver_1_label.png', 'train_8_anno.bmp']
+    assert np.array_equal(pixels(tmp_path / 'out/Liver_1_label.png'), ternary_label(nuclei))
+    assert np.array_equal(pixels(tmp_path / 'out/train_8_anno.bmp'), ternary_label(glands))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Annotation XML
+# ---------------------------------------------------------------------------------------------------
+
+def annotation_xml(*layers):
+    """ImageScope XML; each layer is a list of regions, each region a list of (X, Y)."""
+    lines = ['<Annotations MicronsPerPixel="0.25">']
+    for layer in layers:
+        lines.append('<Annotation Id="1"><Attributes/><Regions><RegionAttributeHeaders/>')
+        for vertices in layer:
+            lines.append('<Region Id="99"><Attributes/><Vertices>')
+            lines += [f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in vertices]
+            lines.append('</Vertices></Region>')
+        lines.append('</Regions></Annotation>')
+    return '\n'.join([*lines, '</Annotations>'])
+
+
+def rectangle(left, top, right, bottom):
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+@pytest.fixture
+def label_of(tmp_path):
+    """The label that `instance_label_from_xml` draws from a text, 20 x 30 pixels."""
+    def draw(text, encoding='utf-8'):
+        (tmp_path / 'a.xml').write_bytes(text.encode(encoding))
+        return instance_label_from_xml(tmp_path / 'a.xml', 20, 30)
+    return draw
+
+
+def test_xml_coordinates_are_one_based_pixel_centres(label_of):
+    label = label_of(annotation_xml([rectangle(3.5, 5.5, 7.5, 6.5)]))
+    expected = np.zeros((20, 30), int)
+    expected[5:6, 3:7] = 1                         # X 4 ... 7 and Y 6, counted from 1
+    assert np.array_equal(label, expected)
+
+
+def test_xml_first_region_wins_and_ids_are_positions(label_of):
+    first, line, third = rectangle(1.5, 1.5, 10.5, 10.5), [(3, 3), (9, 9)], rectangle(5.5, 5.5, 15.5, 15.5)
+    with pytest.warns(UserWarning, match='a.xml: 1 of 3 regions have fewer than 3 vertices and were skipped'):
+        label = label_of(annotation_xml([first, line], [third]))
+    assert np.unique(label).tolist() == [0, 1, 3]
+    assert (label == 1).sum() == 81 and (label == 3).sum() == 100 - 25
+    assert label[6, 6] == 1
+
+
+def test_xml_vertices_may_lie_outside_the_image(label_of):
+    label = label_of(annotation_xml([rectangle(-50, -50, 5.5, 3.5), rectangle(100, 100, 200, 200),
+                                     rectangle(20.5, 10.5, 1e300, 1e300)]))
+    expected = np.zeros((20, 30), int)
+    expected[:3, :5], expected[10:, 20:] = 1, 3
+    assert np.array_equal(label, expected)
+
+
+def test_xml_in_utf16_is_read(label_of):
+    text = '<?xml version="1.0" encoding="UTF-16"?>\n' + annotation_xml([rectangle(1.5, 1.5, 4.5, 4.5)])
+    assert (label_of(text, 'utf-16') == 1).sum() == 9
+
+
+BILLION_LAUGHS = '<!DOCTYPE Annotations [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
+EXTERNAL_ENTITY = '<!DOCTYPE Annotations [<!ENTITY secret SYSTEM "file:///etc/passwd">]>'
+EXTERNAL_DTD = '<!DOCTYPE Annotations SYSTEM "http://localhost/evil.dtd">'
+
+
+@pytest.mark.parametrize('declaration', ['<!DOCTYPE Annotations>', BILLION_LAUGHS, EXTERNAL_ENTITY, EXTERNAL_DTD])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-16'])
+def test_xml_with_a_dtd_is_refused(label_of, declaration, encoding):
+    text = f'<?xml version="1.0" encoding="{encoding}"?>{declaration}' + annotation_xml([rectangle(1, 1, 5, 5)])
+    with pytest.raises(InputError, match=r'a.xml has a document type declaration \(DTD\)'):
+        label_of(text, encoding)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('<html/>', 'is not an ImageScope annotation: .* found the root element html'),
+    ('<Annotations><Regions><Region/></Regions></Annotations>', 'holds no region'),
+    (annotation_xml([]), 'holds no region'),
+    ('<Annotations><Annotation>', 'is not well-formed XML'),
+    ('<Annotations>&undefined;</Annotations>', 'is not well-formed XML'),
+    ('', 'is not well-formed XML'),
+    (annotation_xml([[(1, 'nan'), (2, 2), (3, 3)]]), 'line 4: expected a vertex with finite numbers X and Y'),
+    (annotation_xml([[('inf', 1), (2, 2), (3, 3)]]), 'expected a vertex with finite numbers X and Y'),
+    (annotation_xml([[('1e999', 1), (2, 2), (3, 3)]]), 'expected a vertex with finite numbers X and Y'),
+    (annotation_xml([[('left', 1), (2, 2), (3, 3)]]), "finite numbers X and Y, found .*'left'"),
+    (annotation_xml([rectangle(1, 1, 5, 5)]).replace('Y="5"', ''), 'expected a vertex with finite numbers X and Y'),
+])
+def test_xml_that_is_not_an_annotation_is_refused(label_of, text, message):
+    with pytest.raises(InputError, match=message):
+        label_of(text)
+
+
+def test_xml_that_is_missing(tmp_path):
+    with pytest.raises(InputError, match='no such file: .*a.xml'):
+        instance_label_from_xml(tmp_path / 'a.xml', 10, 10)
+
+
+@pytest.mark.parametrize('largest, file_name, dtype', [
+    (3, 'a.bmp', np.uint8), (3, 'a.png', np.uint16), (65535, 'a.png', np.uint16), (65536, 'a.tif', np.uint32)])
+def test_save_instance_label(tmp_path, largest, file_name, dtype):
+    label = np.zeros((6, 7), np.int32)
+    label[2:4, 3:5], label[0, 0] = largest, 1
+    written = save_instance_label((tmp_path / file_name).with_suffix('.bmp' if dtype == np.uint8 else '.png'), label)
+    assert written == tmp_path / file_name
+    assert np.array_equal(read_instance_label(written), label)
+    if dtype != np.uint32:
+        assert pixels(written).dtype == dtype
+
+
+def test_save_instance_label_refuses_large_ids_in_a_bmp(tmp_path):
+    with pytest.raises(InputError, match='holds id 256; a BMP has room for ids up to 255'):
+        save_instance_label(tmp_path / 'a.bmp', np.full((3, 3), 256))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Colour normalisation
+# ---------------------------------------------------------------------------------------------------
+
+def test_reinhard_golden(golden):
+    normalized = Reinhard_normalizer().fit(golden['anchor']).transform(golden['source'])
+    assert normalized.dtype == np.uint8
+    assert np.abs(normalized.astype(int) - golden['normalized']).max() <= 1
+
+
+def test_reinhard_leaves_the_anchor_as_it_is(golden):
+    anchor = golden['anchor']
+    normalized = Reinhard_normalizer().fit(anchor).transform(anchor)
+    assert np.abs(normalized.astype(int) - anchor).max() <= 1
+
+
+@pytest.mark.parametrize('colour', [(255, 255, 255), (0, 0, 0), (181, 77, 33)])
+def test_reinhard_of_one_colour_is_one_colour(golden, colour):
+    """The published code divides by a standard deviation of 0 here."""
+    source = np.full((200, 210, 3), colour, np.uint8)
+    normalized = Reinhard_normalizer().fit(golden['anchor']).transform(source)
+    assert (normalized == normalized[0, 0]).all()
+    assert np.abs(normalized[0, 0] - golden['anchor'].mean((0, 1))).max() < 25      # the anchor's mean colour
+
+
+def test_color_norm_folder(tmp_path):
+    anchor, source = random_image(0, 40, 50), random_image(1, 30, 60)
+    save_image(tmp_path / 'anchor.png', anchor)
+    save_image(tmp_path / 'in' / 'a.tif', source)
+    color_norm(tmp_path / 'anchor.png', tmp_path / 'in', tmp_path / 'out')
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['a.png']
+    assert np.array_equal(pixels(tmp_path / 'out/a.png'), Reinhard_normalizer().fit(anchor).transform(source))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Patches
+# ---------------------------------------------------------------------------------------------------
+
+def test_patch_positions_golden(golden):
+    assert np.array_equal(patch_positions(1000, 1000), golden['patch_positions'])
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 60))
+def test_patches_cover_every_pixel(h, w, size):
+    if min(h, w) < size:
+        with pytest.raises(InputError, match=f'an image of {w} x {h} pixels is smaller than a patch of {size} x'):
+            patch_positions(h, w, size)
+        return
+    covered = np.zeros((h, w), bool)
+    for y, x in patch_positions(h, w, size):
+        assert 0 <= y <= h - size and 0 <= x <= w - size
+        covered[y:y + size, x:x + size] = True
+    assert covered.all() and len(patch_positions(h, w, size)) == -(-h // size) * -(-w // size)
+
+
+def test_split_patches(tmp_path):
+    image = random_image(0, 250, 600)
+    save_image(tmp_path / 'in' / 'a_b.png', image)
+    split_patches(tmp_path / 'in', tmp_path / 'out')
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a_b_0.png', 'a_b_1.png', 'a_b_2.png']
+    for k, left in enumerate((0, 250, 350)):
+        assert np.array_equal(pixels(tmp_path / f'out/a_b_{k}.png'), image[:, left:left + 250])
+
+
+def test_split_patches_with_a_postfix_keeps_it_last_and_the_pixels_as_stored(tmp_path):
+    weight = random_image(0, 250, 250)[..., 0]
+    save_image(tmp_path / 'in' / 'a_weight.png', weight)
+    save_image(tmp_path / 'in' / 'a.png', random_image(0, 250, 250))
+    split_patches(tmp_path / 'in', tmp_path / 'out', 'weight')
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['a_0_weight.png']
+    assert np.array_equal(pixels(tmp_path / 'out/a_0_weight.png'), weight)
+
+
+def test_split_patches_refuses_what_does_not_fit(tmp_path):
+    save_image(tmp_path / 'in' / 'small.png', random_image(0, 249, 300))
+    with pytest.raises(InputError, match='small.png: an image of 300 x 249 pixels is smaller than a patch of 250'):
+        split_patches(tmp_path / 'in', tmp_path / 'out')
+    with pytest.raises(InputError, match=r'no images named \{name\}_label in .*, saw small.png'):
+        split_patches(tmp_path / 'in', tmp_path / 'out', 'label')
+
+
+@pytest.mark.parametrize('step', [split_patches, create_ternary_labels, lambda a, b: color_norm(a / 'a.png', a, b)])
+def test_steps_refuse_to_write_over_their_input(tmp_path, step):
+    save_image(tmp_path / 'a.png', random_image(0, 250, 250))
+    with pytest.raises(InputError, match='reading from and writing to the same folder'):
+        step(tmp_path, tmp_path / '.')
+
+
+# ---------------------------------------------------------------------------------------------------
+# mean_std
+# ---------------------------------------------------------------------------------------------------
+
+def test_mean_std_is_over_all_pixels_of_images_of_any_size(tmp_path):
+    images = [random_image(seed, 20 + 31 * seed, 40) for seed in range(3)]
+    for k, image in enumerate(images):
+        save_image(tmp_path / f'{k}.png', image)
+    every_pixel = np.concatenate([image.reshape(-1, 3) for image in images]) / 255
+    mean_std = compute_mean_std(sorted(tmp_path.iterdir()))
+    assert mean_std.shape == (2, 3) and mean_std.dtype == np.float64
+    assert np.allclose(mean_std, [every_pixel.mean(axis=0), every_pixel.std(axis=0)], rtol=1e-12)
+    assert np.array_equal(mean_std, compute_mean_std(sorted(tmp_path.iterdir(), reverse=True)))
+
+
+def test_count_objects():
+    label = np.array([[5, 5, 0, 9], [0, 0, 5, 9], [70000, 0, 0, 0], [0, 0, 0, 9]])
+    assert count_objects(label) == (3, 1)            # 9 is in two pieces; 5 is not, its pixels touch diagonally
+    assert count_objects(np.zeros((3, 3), int)) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whole data sets, in miniature
+# ---------------------------------------------------------------------------------------------------
+
+NUCLEI = {'train': ['Breast_A', 'Liver_B'], 'val': ['Breast_C'], 'test_same': ['Liver_D'], 'test_diff': ['Colon_E']}
+
+
+@functools.cache
+def nuclei_label(seed, height=300, width=520):
+    return random_label(seed, height, width, objects=60) % 2000
+
+
+@pytest.fixture(scope='module')
+def fullnet_master(tmp_path_factory):
+    raw = tmp_path_factory.mktemp('fullnet')
+    for seed, name in enumerate(name for names in NUCLEI.values() for name in names):
+        save_image(raw / 'normalized' / f'{name}.png', random_image(seed, 300, 520))
+        save_image(raw / 'labels_instance' / f'{name}_label.png', nuclei_label(seed).astype(np.uint16))
+    (raw / 'split.json').write_text(json.dumps(NUCLEI))
+    return raw
+
+
+@pytest.fixture
+def fullnet_files(fullnet_master, tmp_path):
+    """A miniature of the FullNet authors' files: 300 x 520 images, so 2 x 3 patches each."""
+    return Path(shutil.copytree(fullnet_master, tmp_path / 'raw'))
+
+
+def prepare_nuclei(raw, out, *options):
+    main(['--dataset', 'MultiOrgan', '--raw-dir', str(raw), '--data-dir', str(out), *options])
+
+
+def test_fullnet_files_give_the_whole_layout(fullnet_files, tmp_path, capsys):
+    out = tmp_path / 'out'
+    prepare_nuclei(fullnet_files, out)
+    expected = ['mean_std.npy']
+    for part in ('train', 'val'):
+        for name in NUCLEI[part]:
+            expected.append(f'labels_instance/{part}/{name}_label.png')
+            for k in range(6):
+                expected += [f'images/{part}/{name}_{k}.png', f'labels/{part}/{name}_{k}_label.png',
+                             f'weight_maps/{part}/{name}_{k}_weight.png']
+    expected += ['images/val_full/Breast_C.png', 'labels_instance/val_full/Breast_C.png',
+                 'images/test_same/Liver_D.png', 'images/test_diff/Colon_E.png',
+                 'labels_instance/test/Liver_D.png', 'labels_instance/test/Colon_E.png']
+    assert sorted(contents(out)) == sorted(expected)
+
+    assert np.array_equal(pixels(out / 'images/val_full/Breast_C.png'), random_image(2, 300, 520))   # colours as given
+    assert np.array_equal(read_instance_label(out / 'labels_instance/test/Colon_E.png'), nuclei_label(4))
+    assert pixels(out / 'labels_instance/test/Colon_E.png').dtype == np.uint16
+    ternary = ternary_label(nuclei_label(1))
+    weight = encode_weight_map(weight_map(nuclei_label(1), 10.0, 5.0))
+    for k, (y, x) in enumerate(patch_positions(300, 520)):
+        window = np.s_[y:y + 250, x:x + 250]
+        assert np.array_equal(pixels(out / f'images/train/Liver_B_{k}.png'), random_image(1, 300, 520)[window])
+        assert np.array_equal(pixels(out / f'labels/train/Liver_B_{k}_label.png'), ternary[window])
+        assert np.array_equal(pixels(out / f'weight_maps/train/Liver_B_{k}_weight.png'), weight[window])
+
+    train_and_val = [fullnet_files / 'normalized' / f'{name}.png' for name in NUCLEI['train'] + NUCLEI['val']]
+    assert np.array_equal(np.load(out / 'mean_std.npy', allow_pickle=False), compute_mean_std(train_and_val))
+
+    printed = capsys.readouterr().out.splitlines()
+    objects = sum(count_objects(nuclei_label(seed))[0] for seed in (0, 1))
+    assert printed[1].split()[:4] == ['train', '2', '12', str(objects)]
+    assert [line.split()[:2] for line in printed[1:5]] == [['train', '2'], ['val', '1'], ['test_same', '1'],
+                                                           ['test_diff', '1']]
+    assert printed[5].startswith('mean 0.') and printed[6].startswith('std  0.')
+    assert printed[-1] == f'MultiOrgan is ready in {out}'
+
+
+def test_the_single_steps_make_the_same_files(fullnet_files, tmp_path):
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    steps = tmp_path / 'steps'
+    labels = fullnet_files / 'labels_instance'
+    create_ternary_labels(labels, steps / 'ternary')
+    create_weight_maps(labels, steps / 'weights', sigma=5.0)
+    split_patches(fullnet_files / 'normalized', steps / 'image_patches')
+    split_patches(steps / 'ternary', steps / 'ternary_patches', 'label')
+    split_patches(steps / 'weights', steps / 'weight_patches', 'weight')
+    for kind, folder in (('images', 'image_patches'), ('labels', 'ternary_patches'), ('weight_maps', 'weight_patches')):
+        for path in (tmp_path / 'out' / kind / 'train').iterdir():
+            assert path.read_bytes() == (steps / folder / path.name).read_bytes()
+
+
+def test_raw_data_is_untouched_and_a_second_run_gives_the_same_bytes(fullnet_files, tmp_path):
+    before = contents(fullnet_files)
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    first = contents(tmp_path / 'out')
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    assert contents(tmp_path / 'out') == first
+    assert contents(fullnet_files) == before
+
+
+def test_options_reach_the_files(fullnet_files, tmp_path):
+    prepare_nuclei(fullnet_files, tmp_path / 'out', '--patch-size', '300', '--sigma', '2', '--w0', '7')
+    assert len(list((tmp_path / 'out/images/train').iterdir())) == 4
+    weight = encode_weight_map(weight_map(nuclei_label(0), 7.0, 2.0))
+    assert np.array_equal(pixels(tmp_path / 'out/weight_maps/train/Breast_A_1_weight.png'), weight[:, 220:520])
+
+
+def test_masks_are_taken_when_told(fullnet_files, tmp_path):
+    mask = (nuclei_label(0) > 0) * np.uint8(255)
+    save_image(fullnet_files / 'labels_instance/Breast_A_label.png', mask)
+    with pytest.raises(InputError, match='Breast_A_label.png holds only 0 and 255'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+    prepare_nuclei(fullnet_files, tmp_path / 'out', '--binary-labels', 'True')
+    components = ndimage.label(mask, np.ones((3, 3)))[0]
+    assert np.array_equal(pixels(tmp_path / 'out/labels_instance/train/Breast_A_label.png'), components)
+
+
+def test_an_unfinished_preparation_has_no_mean_std(fullnet_files, tmp_path):
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    save_image(fullnet_files / 'labels_instance/Colon_E_label.png', np.ones((300, 519), np.uint16))
+    with pytest.raises(InputError, match='Colon_E_label.png is 519 x 300 pixels, its image 520 x 300'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+    assert not (tmp_path / 'out/mean_std.npy').exists()
+
+
+def test_images_outside_the_split_are_named(fullnet_files, tmp_path):
+    (fullnet_files / 'split.json').write_text(json.dumps({'train': ['Breast_A'], 'val': ['Breast_C']}))
+    with pytest.warns(UserWarning, match='3 images are not in split.json and are not used: Colon_E, Liver_B, Liver_D'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('split, message', [
+    ('{', 'split.json is not JSON'),
+    ('[]', 'split.json: expected a JSON object of lists of names: train, val and, if there are, test_same, test_diff'),
+    ('{"train": "a", "val": []}', 'expected a JSON object of lists of names'),
+    ('{"train": ["../a"], "val": ["b"]}', 'a name is not that of a file without its ending'),
+    ('{"train": [1], "val": ["b"]}', 'a name is not that of a file without its ending'),
+    ('{"train": ["Breast_A"]}', 'split.json has train; expected a JSON object'),
+    ('{"train": ["a"], "val": ["b"], "tset": ["c"]}', 'split.json has train, val, tset; expected'),
+    ('{"train": ["a", "b"], "val": ["b"]}', 'names b more than once; an image belongs to one split'),
+    ('{"train": ["Breast_A"], "val": ["x", "y"]}', '2 images named in split.json are missing in .*normalized: x, y'),
+])
+def test_split_json_is_checked(fullnet_files, tmp_path, split, message):
+    (fullnet_files / 'split.json').write_text(split)
+    with pytest.raises(InputError, match=message):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_missing_label_is_named(fullnet_files, tmp_path):
+    (fullnet_files / 'labels_instance/Liver_B_label.png').unlink()
+    with pytest.raises(InputError, match='1 instance labels named in split.json are missing in .*: Liver_B'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+
+
+def test_a_small_image_is_refused_before_anything_is_written(fullnet_files, tmp_path):
+    with pytest.raises(InputError, match='Breast_A.png: an image of 520 x 300 pixels is smaller than a patch of 301'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out', '--patch-size', '301')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_files_of_another_preparation_are_refused(fullnet_files, tmp_path):
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    with pytest.raises(InputError, match='already holds 18 files that this preparation does not make: '
+                                         'images/train/Breast_A_4.png, .*; give an empty --data-dir or remove them'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out', '--patch-size', '290')
+
+
+@pytest.mark.parametrize('out', ['raw', 'raw/out', 'raw/../raw/normalized'])
+def test_writing_into_the_raw_folder_is_refused(fullnet_files, tmp_path, out):
+    with pytest.raises(InputError, match='the prepared data would be written into the raw data'):
+        prepare_nuclei(fullnet_files, tmp_path / out)
+
+
+def test_raw_data_in_a_folder_that_gets_filled_is_refused(fullnet_files, tmp_path):
+    (tmp_path / 'images').mkdir()
+    fullnet_files.rename(tmp_path / 'images' / 'raw')
+    with pytest.raises(InputError, match='--raw-dir .* lies in .*images, which preparation fills; move it'):
+        prepare_nuclei(tmp_path / 'images' / 'raw', tmp_path)
+
+
+def test_the_wrong_folder_says_what_was_looked_for_and_seen(tmp_path):
+    (tmp_path / 'raw' / 'photos').mkdir(parents=True)
+    (tmp_path / 'raw' / 'readme.txt').touch()
+    with pytest.raises(InputError, match=r'is not a MultiOrgan data set: looked for normalized/, labels_instance/ and '
+                                         r'split.json, or .tif images .*; saw photos/, readme.txt$'):
+        prepare_nuclei(tmp_path / 'raw', tmp_path / 'out')
+    with pytest.raises(InputError, match='is not the GlaS data set: looked for train_1.bmp, .*; saw photos/, '):
+        prepare_glands(tmp_path / 'raw', tmp_path / 'out')
+    with pytest.raises(InputError, match='no such folder: .*elsewhere'):
+        prepare_nuclei(tmp_path / 'elsewhere', tmp_path / 'out')
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, prepare_data.__file__, '--raw-dir', str(tmp_path / 'nowhere')]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr == f'error: no such folder: {tmp_path / "nowhere"}\n' and result.stdout == ''
+
+
+# --- MoNuSeg as distributed
+
+ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'
+TRAIN, VAL, TEST_SAME = (MULTI_ORGAN_SPLIT[part][0] for part in ('train', 'val', 'test_same'))
+
+
+@pytest.fixture
+def monuseg(tmp_path):
+    """A miniature of MoNuSeg: LZW and plain TIFFs and XML in folders of their own, 260 x 260 pixels."""
+    raw = tmp_path / 'raw'
+    (raw / 'MoNuSeg/Tissue Images').mkdir(parents=True)
+    (raw / 'MoNuSeg/Annotations').mkdir()
+    for seed, name in enumerate((TRAIN, VAL, TEST_SAME, ANCHOR)):
+        stem = name.split('_', 1)[1]
+        compression = 'tiff_lzw' if seed % 2 else None
+        Image.fromarray(random_image(seed, 260, 260)).save(raw / f'MoNuSeg/Tissue Images/{stem}.tif',
+                                                           compression=compression)
+        regions = [rectangle(10 * seed + 10, 20, 10 * seed + 60, 90), rectangle(100, 100, 200 + seed, 200)]
+        (raw / f'MoNuSeg/Annotations/{stem}.xml').write_text(annotation_xml(regions))
+    return raw
+
+
+def file_of(raw, name, ending):
+    return next(raw.rglob(name.split('_', 1)[1] + ending))
+
+
+@pytest.mark.filterwarnings('ignore:.*images of the published split are not there')
+def test_monuseg(monuseg, tmp_path):
+    out = tmp_path / 'out'
+    prepare_nuclei(monuseg, out)
+    assert sorted(p.name for p in (out / 'labels_instance/train').iterdir()) == [f'{TRAIN}_label.png',
+                                                                                 f'{ANCHOR}_label.png']
+    assert [p.name for p in (out / 'images/test_same').iterdir()] == [f'{TEST_SAME}.png']
+    label = instance_label_from_xml(file_of(monuseg, TEST_SAME, '.xml'), 260, 260)
+    assert np.unique(label).tolist() == [0, 1, 2]
+    assert np.array_equal(pixels(out / f'labels_instance/test/{TEST_SAME}.png'), label)
+    normalizer = Reinhard_normalizer().fit(random_image(3, 260, 260))
+    assert np.array_equal(pixels(out / f'images/val_full/{VAL}.png'), normalizer.transform(random_image(1, 260, 260)))
+    assert np.array_equal(np.load(out / 'mean_std.npy'), mean_std_of_images(
+        normalizer.transform(random_image(seed, 260, 260)) for seed in (0, 1, 3)))
+
+
+def mean_std_of_images(images):
+    return prepare_data.mean_std_of(sum(prepare_data.colour_histogram(image) for image in images))
+
+
+@pytest.mark.filterwarnings('ignore:.*images of the published split are not there')
+def test_monuseg_anchor_is_a_choice(monuseg, tmp_path):
+    prepare_nuclei(monuseg, tmp_path / 'as_they_are', '--anchor', '')
+    assert np.array_equal(pixels(tmp_path / f'as_they_are/images/val_full/{VAL}.png'), random_image(1, 260, 260))
+
+    save_image(tmp_path / 'other.png', random_image(7, 60, 60))
+    prepare_nuclei(monuseg, tmp_path / 'other', '--anchor', str(tmp_path / 'other.png'))
+    expected = Reinhard_normalizer().fit(random_image(7, 60, 60)).transform(random_image(1, 260, 260))
+    assert np.array_equal(pixels(tmp_path / f'other/images/val_full/{VAL}.png'), expected)
+
+    with pytest.raises(InputError, match="the colour anchor 'TCGA-nothing' is neither a file nor an image in"):
+        prepare_nuclei(monuseg, tmp_path / 'none', '--anchor', 'TCGA-nothing')
+
+
+@pytest.mark.filterwarnings('ignore:.*images of the published split are not there')
+def test_monuseg_anchor_may_lack_an_annotation(monuseg, tmp_path):
+    file_of(monuseg, ANCHOR, '.xml').unlink()
+    with pytest.warns(UserWarning, match='the colour anchor, has no annotation; it is used for its colours only'):
+        prepare_nuclei(monuseg, tmp_path / 'out')
+    assert [p.name for p in (tmp_path / 'out/labels_instance/train').iterdir()] == [f'{TRAIN}_label.png']
+
+
+def test_monuseg_images_outside_the_published_split_are_named(monuseg, tmp_path):
+    Image.fromarray(random_image(9, 260, 260)).save(monuseg / 'TCGA-ZZ-0000.tif')
+    with pytest.warns(UserWarning) as notes:
+        prepare_nuclei(monuseg, tmp_path / 'out')
+    messages = [str(note.message) for note in notes]
+    assert '1 images are not in the published split and are not used: TCGA-ZZ-0000' in messages
+    assert any(message.startswith('26 images of the published split are not there: Breast_') for message in messages)
+
+
+def test_monuseg_files_without_a_partner_are_named(monuseg, tmp_path):
+    file_of(monuseg, TRAIN, '.xml').unlink()
+    file_of(monuseg, TEST_SAME, '.tif').unlink()
+    with pytest.raises(InputError, match='2 images or annotations are missing in .*: TCGA-A7-A13E-01Z-00-DX1.xml, '
+                                         'TCGA-E2-A1B5-01Z-00-DX1.tif'):
+        prepare_nuclei(monuseg, tmp_path / 'out')
+
+
+def test_monuseg_without_train_or_val_images_is_refused(monuseg, tmp_path):
+    for ending in ('.tif', '.xml'):
+        file_of(monuseg, VAL, ending).unlink()
+    with pytest.raises(InputError, match='lacks the published train or val images: looked for TCGA-A7-A13E.*MoNuSeg/'):
+        prepare_nuclei(monuseg, tmp_path / 'out')
+
+
+def test_two_files_of_one_name_are_refused(monuseg, tmp_path):
+    copy = file_of(monuseg, TRAIN, '.tif')
+    (monuseg / 'again').mkdir()
+    (monuseg / 'again' / f'{copy.stem}.tiff').write_bytes(copy.read_bytes())
+    with pytest.raises(InputError, match='two files of one name in .*TCGA-A7-A13E.*; keep one of them'):
+        prepare_nuclei(monuseg, tmp_path / 'out')
+
+
+# --- GlaS as distributed
+
+@pytest.fixture
+def glas(tmp_path):
+    """A miniature of GlaS: 5 train, 2 testA and 1 testB images with labels, one of them a palette file."""
+    raw = tmp_path / 'raw' / 'Warwick QU Dataset (Released 2016_07_08)'
+    for seed, name in enumerate(('train_1', 'train_2', 'train_3', 'train_4', 'train_10', 'testA_1', 'testA_2',
+                                 'testB_1')):
+        save_image(raw / f'{name}.bmp', random_image(seed, 90, 120))
+        save_image(raw / f'{name}_anno.bmp', gland_label(seed))
+    palette = Image.fromarray(gland_label(0)).convert('P')
+    palette.putpalette([255 - value // 3 for value in range(768)])
+    palette.putdata(gland_label(0).ravel().tolist())
+    palette.save(raw / 'train_1_anno.bmp')
+    (raw / 'Grade.csv').write_text('name,grade\n')
+    return raw
+
+
+def gland_label(seed):
+    return (random_label(seed, 90, 120, objects=8) % 9).astype(np.uint8)
+
+
+def prepare_glands(raw, out, *options):
+    main(['--dataset', 'GlaS', '--raw-dir', str(raw), '--data-dir', str(out), *options])
+
+
+def test_glas_gives_the_whole_layout(glas, tmp_path):
+    out = tmp_path / 'out'
+    prepare_glands(glas.parent, out)
+    val = [path.stem for path in (out / 'images/val').iterdir()]
+    train = [name for name in ('train_1', 'train_2', 'train_3', 'train_4', 'train_10') if name not in val]
+    assert len(val) == 1 and val[0].startswith('train_')
+    expected = ['mean_std.npy']
+    for part, names in (('train', train), ('val', val)):
+        for name in names:
+            expected += [f'images/{part}/{name}.bmp', f'labels/{part}/{name}_anno.bmp',
+                         f'weight_maps/{part}/{name}_anno_weight.png', f'labels_instance/{part}/{name}_anno.bmp']
+    for part, names in (('testA', ('testA_1', 'testA_2')), ('testB', ('testB_1',))):
+        for name in names:
+            expected += [f'images/{part}/{name}.bmp', f'labels_instance/{part}/{name}_anno.bmp']
+    assert sorted(contents(out)) == sorted(expected)
+
+    part = 'train' if 'train_1' in train else 'val'
+    label = gland_label(0)
+    assert np.array_equal(pixels(out / f'images/{part}/train_1.bmp'), random_image(0, 90, 120))
+    assert np.array_equal(pixels(out / f'labels_instance/{part}/train_1_anno.bmp'), label)
+    assert np.array_equal(pixels(out / f'labels/{part}/train_1_anno.bmp'), ternary_label(label))
+    assert np.array_equal(pixels(out / f'weight_maps/{part}/train_1_anno_weight.png'),
+                          encode_weight_map(weight_map(label, 10.0, 20.0)))
+    assert np.array_equal(np.load(out / 'mean_std.npy'), compute_mean_std(glas / f'{n}.bmp' for n in train + val))
+
+
+def test_glas_split_is_seeded(tmp_path):
+    for prefix, count in (('train', 85), ('testA', 60), ('testB', 20)):
+        for number in range(1, count + 1):
+            (tmp_path / f'{prefix}_{number}.bmp').touch()
+            (tmp_path / f'{prefix}_{number}_anno.bmp').touch()
+
+    def names(part, seed, fraction=0.2):
+        return [source.name for source in find_glas(tmp_path, fraction, seed) if source.split == part]
+
+    assert [len(names(part, 0)) for part in ('train', 'val', 'testA', 'testB')] == [68, 17, 60, 20]
+    assert names('val', 0) == names('val', 0) != names('val', 1)
+    assert len(names('val', 0, 0.001)) == 1 and len(names('train', 0, 0.999)) == 1
+    with pytest.raises(InputError, match='val_fraction is 0; expected a number between 0 and 1'):
+        find_glas(tmp_path, 0, 0)
+
+
+def test_glas_files_without_a_partner_are_named(glas, tmp_path):
+    (glas / 'train_3_anno.bmp').unlink()
+    (glas / 'testB_1.bmp').unlink()
+    with pytest.raises(InputError, match='2 images or labels are missing in .*: train_3_anno.bmp, testB_1.bmp'):
+        prepare_glands(glas, tmp_path / 'out')
+
+
+# ---------------------------------------------------------------------------------------------------
+# The published data
+# ---------------------------------------------------------------------------------------------------
+
+PUBLISHED_MEAN_STD = [[0.74408994, 0.53806349, 0.66497889], [0.15811703, 0.19705941, 0.15046222]]
+
+
+@needs_real_data
+def test_published_multi_organ_data(tmp_path):
+    prepare_nuclei(REAL / 'MultiOrgan', tmp_path / 'out')
+    for kind in ('images', 'labels', 'weight_maps'):
+        assert len(list((tmp_path / 'out' / kind / 'train').iterdir())) == 192
+        assert len(list((tmp_path / 'out' / kind / 'val').iterdir())) == 64
+    assert len(list((tmp_path / 'out/images/val_full').iterdir())) == 4
+    assert np.abs(np.load(tmp_path / 'out/mean_std.npy') - PUBLISHED_MEAN_STD).max() <= 1e-6
+    one = 'Kidney_TCGA-HE-7130-01Z-00-DX1.png'
+    assert np.array_equal(read_image(tmp_path / 'out/images/val_full' / one),
+                          read_image(REAL / 'MultiOrgan/normalized' / one))
+
+
+@needs_real_data
+@pytest.mark.filterwarnings('ignore:.*fewer than 3 vertices')
+def test_annotations_give_the_authors_labels():
+    differences = []
+    for path in sorted((REAL / 'MultiOrgan/original/annotations').glob('*.xml')):
+        published = read_instance_label(next((REAL / 'MultiOrgan/labels_instance').glob(f'*{path.stem}_label.png')))
+        differences.append((instance_label_from_xml(path, *published.shape) != published).mean())
+    assert len(differences) == 5
+    assert max(differences) <= 0.0016 and np.mean(differences) <= 0.0010

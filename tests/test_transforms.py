@@ -1,0 +1,160 @@
+"""The eleven transforms against the golden numbers; image, weight map and label must stay in register."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import my_transforms
+from my_transforms import (LabelEncoding, Normalize, RandomAffine, RandomCrop, RandomElastic, RandomFlip, RandomResize,
+                           RandomRotation, Scale, ToTensor, get_transforms)
+from utils import InputError, disk
+
+GOLDEN = Path(__file__).parent / 'golden'
+RNG = np.random.default_rng(0)
+
+
+def golden_images(golden):
+    return [Image.fromarray(golden[name]) for name in ('image', 'weight', 'ternary')]
+
+
+@pytest.mark.parametrize('name, params', [
+    ('nuclei_val', dict(label_encoding=1, to_tensor=1)),
+    ('gland_val', dict(scale=160, label_encoding=2, to_tensor=1)),
+])
+def test_validation_transforms_are_the_golden_ones(name, params):
+    golden = np.load(GOLDEN / 'transforms.npz')
+    image, weight, label = get_transforms({**params, 'normalize': golden['mean_std']})(golden_images(golden))
+    assert np.abs(image.numpy() - golden[f'{name}/image']).max() < 1e-6
+    assert image.dtype == torch.float32 and weight.dtype == label.dtype == torch.int64
+    assert (weight.numpy() == golden[f'{name}/weight']).all() and (label.numpy() == golden[f'{name}/label']).all()
+
+
+@pytest.mark.parametrize('name, transform, drawn, tolerance', [
+    ('resize_0.83', RandomResize(0.8, 1.25), 0.83, 0),
+    ('resize_1.21', RandomResize(0.8, 1.25), 1.21, 0),
+    ('rotation_33.5', RandomRotation(90), 33.5, 0),
+    ('affine', RandomAffine(0.3), 'affine/matrix', 0),
+    ('elastic', RandomElastic(6, 15), 'elastic/parameters', 1),
+])
+def test_random_transforms_with_their_draw_fixed_are_the_golden_ones(name, transform, drawn, tolerance):
+    golden = np.load(GOLDEN / 'transforms_pinned.npz')
+    drawn = golden[drawn] if isinstance(drawn, str) else drawn
+    for image, key in zip(transform.apply(golden_images(golden), drawn), ('image', 'weight', 'ternary')):
+        difference = np.abs(np.asarray(image).astype(int) - golden[f'{name}/{key}'].astype(int))
+        assert difference.max() <= tolerance, key
+
+
+GEOMETRIC = {
+    'scale': 80, 'random_resize': (0.8, 1.25), 'horizontal_flip': True, 'vertical_flip': True, 'random_affine': 0.3,
+    'random_elastic': (6, 15), 'random_rotation': 90, 'random_crop': 64,
+}
+
+
+@pytest.mark.parametrize('name', GEOMETRIC)
+@pytest.mark.parametrize('seed', range(6))
+def test_image_weight_and_label_stay_in_register(name, seed):
+    """The same picture in all three must come out the same in all three."""
+    picture = ndimage.gaussian_filter(np.random.default_rng(99).normal(size=(100, 110)), 4)
+    picture = ((picture - picture.min()) / np.ptp(picture) * 255).astype(np.uint8)
+    images = [Image.fromarray(np.repeat(picture[..., None], 3, axis=2)), Image.fromarray(picture),
+              Image.fromarray(np.repeat(picture[..., None], 3, axis=2))]
+    image, weight, label = (np.asarray(i) for i in get_transforms({name: GEOMETRIC[name]})(
+        images, np.random.default_rng(seed)))
+    assert (image == weight[..., None]).all() and (label == weight[..., None]).all()
+    if not (name.endswith('_flip') and (weight == picture).all()):
+        assert weight.shape != picture.shape or (weight != picture).any()
+
+
+@pytest.mark.parametrize('transform, drawn', [
+    (RandomResize(0.5, 1), 0.5), (RandomAffine(0.3), np.array([[1.3, 0.2], [-0.1, 1.3]])), (RandomRotation(90), 45.0),
+    (RandomElastic(6, 15), np.repeat([0.0, 60.0], 81)),
+])
+def test_what_comes_from_outside_the_image_is_zero(transform, drawn):
+    white = [Image.new(mode, (100, 100), 'white') for mode in ('RGB', 'L', 'RGB')]
+    outside = [np.asarray(i) == 0 for i in transform.apply(white, drawn)]
+    assert outside[1].any() and not outside[1].all()
+    assert (outside[0] == outside[1][..., None]).all() and (outside[2] == outside[1][..., None]).all()
+
+
+def test_flips_mirror_half_of_the_time():
+    image = [Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))]
+    for direction, mirrored in (('horizontal', [[2, 1, 0], [5, 4, 3]]), ('vertical', [[3, 4, 5], [0, 1, 2]])):
+        flips = [np.asarray(RandomFlip(direction)(image, RNG)[0]).tolist() for _ in range(200)]
+        assert 60 < flips.count(mirrored) < 140 and flips.count([[0, 1, 2], [3, 4, 5]]) == 200 - flips.count(mirrored)
+    assert get_transforms({'horizontal_flip': False, 'vertical_flip': False}).transforms == []
+
+
+def test_scale_takes_the_shorter_side():
+    for size, expected in (((100, 50), (80, 40)), ((50, 100), (40, 80)), ((775, 522), (308, 208))):
+        scaled = Scale(min(expected))([Image.new('RGB', size)], RNG)[0]
+        assert scaled.size == expected
+
+
+def test_elastic_moves_most_points_in_y_only():
+    drawn = RandomElastic(6, 15).draw(np.random.default_rng(0), (250, 250))
+    assert len(drawn) == 2 * 81 and (drawn[:54] == 0).all() and (drawn[54:] != 0).all()
+    assert 13 < drawn[54:].std() < 17
+
+
+def test_affine_and_rotation_draw_within_their_bounds():
+    drawn = np.array([RandomAffine(0.3).draw(RNG, None) for _ in range(500)]) - np.eye(2)
+    assert np.abs(drawn).max() <= 0.3 and (np.abs(drawn).max(axis=0) > 0.28).all()
+    angles = [RandomRotation(90).draw(RNG, None) for _ in range(500)]
+    assert min(angles) < -80 and max(angles) > 80 and np.abs(angles).max() <= 90
+    factors = [RandomResize(0.8, 1.25).draw(RNG, None) for _ in range(500)]
+    assert 0.8 <= min(factors) < 0.82 and 1.23 < max(factors) <= 1.25
+
+
+def test_random_crop_takes_a_window_and_refuses_a_small_image():
+    pixels = np.arange(80, dtype=np.uint8).reshape(8, 10)
+    corners = {int(np.asarray(RandomCrop(8)([Image.fromarray(pixels)], RNG)[0])[0, 0]) for _ in range(50)}
+    assert corners == {0, 1, 2}
+    with pytest.raises(InputError, match=r'random_crop \(input_size\) is 9, but an image is 10 x 8 pixels'):
+        RandomCrop(9)([Image.fromarray(pixels)], RNG)
+
+
+@pytest.mark.parametrize('radius', [1, 2])
+def test_label_encoding_finds_the_contour_anew(radius):
+    red = ndimage.gaussian_filter(np.random.default_rng(3).random((60, 70)), 3)
+    ternary = np.zeros((60, 70, 3), np.uint8)
+    ternary[..., 0] = np.where(red > np.median(red), 255, 100)
+    label = np.asarray(LabelEncoding(radius)([Image.fromarray(ternary)], RNG)[-1])
+    inside = ternary[..., 0] > 127.5
+    padded = np.pad(inside, radius, mode='constant', constant_values=True)
+    for y in range(60):
+        for x in range(70):
+            near = inside[max(y - 1, 0):y + 2, x].any() or inside[y, max(x - 1, 0):x + 2].any()
+            window = padded[y:y + 2 * radius + 1, x:x + 2 * radius + 1]
+            eroded = window[disk(radius)].all()
+            assert label[y, x] == (2 if near and not eroded else int(inside[y, x]))
+
+
+def test_to_tensor_and_normalize():
+    image = np.array([[[0, 51, 255]]], np.uint8)
+    tensors = Normalize([0.1, 0.1, 0.5], [0.5, 0.1, 0.25])(
+        ToTensor(1)([Image.fromarray(image), Image.fromarray(image[..., 1])], RNG), RNG)
+    assert tensors[0].flatten().tolist() == pytest.approx([-0.2, 1.0, 2.0])
+    assert tensors[1].tolist() == [[[51]]] and tensors[1].dtype == torch.int64
+
+
+def test_the_same_generator_gives_the_same_sample_and_torch_seeds_the_default():
+    images = golden_images(np.load(GOLDEN / 'transforms.npz'))
+    transform = get_transforms(dict(random_resize=(0.8, 1.25), random_affine=0.3, random_elastic=(6, 15),
+                                    random_rotation=90, random_crop=100, to_tensor=1))
+    first, again, other = (transform(images, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    torch.manual_seed(1)
+    first = transform(images)
+    torch.manual_seed(1)
+    assert torch.equal(transform(images)[0], first[0])
+
+
+def test_order_is_that_of_the_dict_and_unknown_names_are_refused():
+    names = [type(t).__name__ for t in get_transforms({'random_crop': 5, 'scale': 9, 'to_tensor': 1}).transforms]
+    assert names == ['RandomCrop', 'Scale', 'ToTensor']
+    assert len(my_transforms.TRANSFORMS) == 11
+    with pytest.raises(InputError, match="unknown transform 'blur'; expected one of scale, random_resize"):
+        get_transforms({'blur': 3})

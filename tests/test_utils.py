@@ -1,0 +1,341 @@
+"""Sliding window, test-time augmentation, post-processing, checkpoints, safe saving, exit codes."""
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+from torch.nn import functional as F
+
+import utils
+from FullNet import FullNet
+from utils import (InputError, WeightAverage, atomic_path, choose_device, disk, load_checkpoint, load_weights, orient,
+                   orient_back, post_process, predict_probabilities, remove_small_components, save_checkpoint,
+                   save_instances, split_forward, window_grid)
+
+GOLDEN = Path(__file__).parent / 'golden'
+ROOT = Path(__file__).parents[1]
+RNG = np.random.default_rng(0)
+MODEL = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=4, drop_rate=0.1, compress_ratio=0.5,
+             dilations=(1, 2), is_hybrid=True, layer_type='basic')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sliding window
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('i', range(8))
+def test_sliding_window_is_the_golden_one(i):
+    golden = np.load(GOLDEN / 'split_forward.npz')
+    weight, bias = torch.from_numpy(golden['weight']), torch.from_numpy(golden['bias'])
+
+    def model(window):                       # sees the whole of its window
+        return F.conv2d(window, weight, bias, padding=4) + window.mean((2, 3), keepdim=True) + window[:, :, :1, :1]
+
+    size, overlap = golden[f'{i}/size_overlap'].tolist()
+    output = split_forward(model, torch.from_numpy(golden[f'{i}/input']), size, overlap)
+    assert np.abs(output.numpy() - golden[f'{i}/output']).max() < 1e-5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.data())
+def test_every_pixel_is_written_once_by_a_pointwise_model(height, width, size, data):
+    overlap = data.draw(st.integers(0, size - 1))
+    image = torch.rand(1, 2, height, width) + 1
+    assert torch.equal(split_forward(lambda x: x[:, :1] * 3, image, size, overlap, 1), image[:, :1] * 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 500), st.integers(1, 100), st.data())
+def test_windows_lie_inside_and_cover_the_padded_side(length, size, data):
+    overlap = data.draw(st.integers(0, size - 1))
+    padded, windows = window_grid(length, size, overlap)
+    written = np.zeros(padded, int)
+    for start, stop, first, end in windows:
+        assert 0 <= start <= first < end <= stop <= padded and stop - start <= size
+        written[first:end] += 1
+    assert padded >= length and (written >= 1).all() and written.max() <= 1 + overlap % 2
+
+
+def test_a_window_as_large_as_its_overlap_is_refused():
+    with pytest.raises(ValueError, match='overlap is 64; expected at least 0 and less than the window size, 64'):
+        split_forward(lambda x: x, torch.zeros(1, 3, 99, 99), 64, 64)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Test-time augmentation
+# ---------------------------------------------------------------------------------------------------
+
+def test_the_eight_orientations_are_different_and_undone_exactly():
+    image = RNG.integers(0, 256, (5, 7, 3))
+    turned = [orient(image, *o) for o in utils.ORIENTATIONS['full']]
+    assert len({t.tobytes() + bytes(t.shape) for t in turned}) == 8
+    for array, orientation in zip(turned, utils.ORIENTATIONS['full']):
+        assert (orient_back(array, *orientation) == image).all()
+    flips = {orient(image, *o).tobytes() for o in utils.ORIENTATIONS['flips']}
+    assert flips == {a.tobytes() for a in (image, image[::-1], image[:, ::-1], image[::-1, ::-1])}
+
+
+@pytest.mark.parametrize('tta, calls', [('none', 1), ('flips', 4), ('full', 8)])
+def test_an_equivariant_model_gives_the_same_map_with_augmentation(tta, calls):
+    seen = []
+
+    def blur(image):                         # equivariant: a symmetric filter
+        seen.append(image)
+        return ndimage.uniform_filter(image.astype(np.float64), (3, 3, 0), mode='constant')
+
+    image = RNG.integers(0, 256, (20, 33, 3)).astype(np.uint8)
+    assert np.allclose(predict_probabilities(blur, image, tta), blur(image), rtol=1e-6)
+    assert len(seen) == calls + 1
+
+
+def test_augmentation_averages_what_is_not_equivariant():
+    image = np.zeros((2, 2, 3), np.uint8)
+    corner = np.zeros((2, 2, 1))
+    corner[0, 0] = 1
+    assert np.allclose(predict_probabilities(lambda _: corner, image, 'full'), 0.25)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Post-processing
+# ---------------------------------------------------------------------------------------------------
+
+def slow_post_process(inside, min_area, radius):
+    """Component by component, pixel by pixel."""
+    mask = inside.copy()
+    components, n = ndimage.label(inside)
+    for i in range(1, n + 1):
+        if (components == i).sum() < min_area:
+            mask[components == i] = False
+    label, _ = ndimage.label(mask, np.ones((3, 3)))
+    result = np.zeros_like(label)
+    for y in range(label.shape[0]):
+        for x in range(label.shape[1]):
+            for v in range(label.shape[0]):
+                for u in range(label.shape[1]):
+                    if (y - v) ** 2 + (x - u) ** 2 <= radius ** 2:
+                        result[y, x] = max(result[y, x], label[v, u])
+    return result
+
+
+@pytest.mark.parametrize('seed, min_area, radius', [(0, 3, 2), (1, 5, 1), (2, 0, 3), (3, 4, 0)])
+def test_post_processing_equals_the_slow_version(seed, min_area, radius):
+    inside = np.random.default_rng(seed).random((16, 18)) < 0.35
+    assert (post_process(inside, min_area, radius) == slow_post_process(inside, min_area, radius)).all()
+
+
+def test_a_component_of_exactly_min_area_stays_and_corners_do_not_connect():
+    mask = np.zeros((8, 8), bool)
+    mask[0, :4] = mask[3:5, 3:5] = mask[5, 5] = True           # 4 pixels, and 4 + 1 touching at a corner
+    assert remove_small_components(mask, 4).sum() == 8
+    assert remove_small_components(mask, 5).sum() == 0
+    assert post_process(mask, 1, 0).max() == 2                 # labels are 8-connected
+
+
+def test_a_scaled_mask_is_resized_to_the_original_size():
+    inside = np.zeros((20, 30), bool)
+    inside[5:15, 10:20] = True
+    label = post_process(inside, 10, 0, original_size=(40, 60))
+    assert label.shape == (40, 60) and label.dtype == np.int32 and 390 <= (label == 1).sum() <= 400
+
+
+def test_nothing_inside_gives_an_empty_label():
+    assert post_process(np.zeros((9, 9), bool), 20, 2).max() == 0
+
+
+def test_disk():
+    assert disk(0).tolist() == [[True]]
+    assert disk(1).astype(int).tolist() == [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
+    assert disk(2).sum() == 13
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_checkpoints_load_with_and_without_the_module_prefix(tmp_path, prefix):
+    model = FullNet(3, 3, n_layers=4, growth_rate=4, dilations=(1, 2))
+    torch.save({'epoch': 1, 'state_dict': {prefix + k: v for k, v in model.state_dict().items()}}, tmp_path / 'c')
+    weights = load_checkpoint(tmp_path / 'c')['state_dict']
+    load_weights(model, weights, MODEL, 'c')
+    assert set(weights) == set(model.state_dict())
+
+
+@pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
+def test_a_published_checkpoint_loads_with_its_numpy_scalar(tmp_path, module):
+    assert load_checkpoint(GOLDEN / 'tiny_checkpoint.pth.tar')['best_iou'] == 0.5
+    torch.save({'state_dict': {}, 'best_iou': np.float64(0.25)}, tmp_path / 'c')
+    with zipfile.ZipFile(tmp_path / 'c') as old, zipfile.ZipFile(tmp_path / 'd', 'w') as new:
+        for item in old.infolist():
+            content = old.read(item)
+            if item.filename.endswith('data.pkl'):
+                assert b'numpy._core.multiarray' in content
+                content = content.replace(b'numpy._core.multiarray', module.encode())
+            new.writestr(item.filename, content)
+    assert load_checkpoint(tmp_path / 'd')['best_iou'] == 0.25
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (self.target, 'w')                        # creates a file, when unpickled
+
+
+@pytest.mark.parametrize('protocol', ['zip', 'legacy', 'pickle'])
+def test_a_checkpoint_with_code_is_refused_and_not_run(tmp_path, protocol):
+    harmful = {'state_dict': {}, 'extra': Malicious(str(tmp_path / 'owned'))}
+    path = tmp_path / 'bad.pth.tar'
+    if protocol == 'pickle':
+        path.write_bytes(pickle.dumps(harmful))
+    else:
+        torch.save(harmful, path, _use_new_zipfile_serialization=protocol == 'zip')
+    with pytest.raises(InputError, match='bad.pth.tar'):
+        load_checkpoint(path)
+    assert not (tmp_path / 'owned').exists()
+    if protocol != 'pickle':
+        with pytest.raises(InputError, match='was not loaded: it could run code'):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', b'PK\x03\x04 broken'])
+def test_files_that_are_no_checkpoints(tmp_path, content):
+    (tmp_path / 'c').write_bytes(content)
+    with pytest.raises(InputError, match='is not a checkpoint, or is damaged'):
+        load_checkpoint(tmp_path / 'c')
+
+
+def test_a_truncated_checkpoint(tmp_path):
+    (tmp_path / 'c').write_bytes((GOLDEN / 'tiny_checkpoint.pth.tar').read_bytes()[:100_000])
+    with pytest.raises(InputError, match='is not a checkpoint, or is damaged'):
+        load_checkpoint(tmp_path / 'c')
+
+
+@pytest.mark.parametrize('content', [[1, 2], {'weights': 3}, {'state_dict': {'a': 3}}])
+def test_other_torch_files(tmp_path, content):
+    torch.save(content, tmp_path / 'c')
+    with pytest.raises(InputError, match='expected a dict with a state_dict of tensors'):
+        load_checkpoint(tmp_path / 'c')
+
+
+def test_a_missing_checkpoint(tmp_path):
+    with pytest.raises(InputError, match='no checkpoint at .*nothing; train first, or give --model-path'):
+        load_checkpoint(tmp_path / 'nothing')
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(n_layers=6), 'n_layers is 6 in the file, 4 in the options'),
+    (dict(growth_rate=5), 'growth_rate is 5 in the file, 4 in the options'),
+    (dict(out_c=4), 'out_c is 4 in the file, 3 in the options'),
+    (dict(layer_type='bottleneck'), 'layer_type is bottleneck in the file, basic in the options'),
+    (dict(dilations=(1, 2, 4)), '3 dense blocks in the file, dilations has 2'),
+    (dict(compress_ratio=0.4), 'compress_ratio or another option differs'),
+])
+def test_a_mismatch_names_the_differing_option(change, message):
+    other, model = utils.build_model({**MODEL, **change}), utils.build_model(MODEL)
+    with pytest.raises(InputError, match=message):
+        load_weights(model, other.state_dict(), MODEL, 'file')
+
+
+def test_missing_extra_and_broken_weights_are_named():
+    model = utils.build_model(MODEL)
+    weights = dict(model.state_dict())
+    with pytest.raises(InputError, match='1 extra: more'):
+        load_weights(model, {**weights, 'more': torch.zeros(1)}, MODEL, 'file')
+    with pytest.raises(InputError, match='1 missing: conv2.weight'):
+        load_weights(model, {k: v for k, v in weights.items() if k != 'conv2.weight'}, MODEL, 'file')
+    with pytest.raises(InputError, match='conv2.weight holds NaN or infinite weights'):
+        load_weights(model, {**weights, 'conv2.weight': weights['conv2.weight'] * np.nan}, MODEL, 'file')
+
+
+def test_half_and_double_weights_are_converted_with_a_warning():
+    model = utils.build_model(MODEL)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    with pytest.warns(UserWarning, match='float16 weights, converted to float32'):
+        load_weights(model, weights, MODEL, 'file')
+    assert model.conv2.weight.dtype == torch.float32 and torch.equal(model.conv2.weight.half(), weights['conv2.weight'])
+
+
+def test_saved_checkpoints_are_in_the_published_format(tmp_path):
+    save_checkpoint(tmp_path / 'c.tar', {'epoch': 3, 'state_dict': {'w': torch.ones(2)}, 'best_iou': 0.5})
+    assert list(torch.load(tmp_path / 'c.tar', weights_only=True)['state_dict']) == ['module.w']
+    assert list(load_checkpoint(tmp_path / 'c.tar')['state_dict']) == ['w']
+
+
+def test_weight_average_follows_the_weights():
+    model = utils.build_model(MODEL)
+    average = WeightAverage(model, 0.9)
+    start = model.conv2.weight.clone()
+    model.train()(torch.randn(1, 3, 8, 8))                     # one batch seen: decay min(0.9, 2 / 11)
+    with torch.no_grad():
+        model.conv2.weight += 1
+    average.update(model)
+    torch.testing.assert_close(average.model.conv2.weight, start + 9 / 11)
+    assert average.model.conv1.bn.num_batches_tracked == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Saving and scripts
+# ---------------------------------------------------------------------------------------------------
+
+def test_an_error_while_saving_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / 'file.txt'
+    utils.write_text(path, 'old')
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        Path(temporary).write_text('half')
+        raise RuntimeError
+    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+def test_instances_are_saved_with_the_depth_they_need(tmp_path):
+    for top, dtype in ((65_535, np.uint16), (65_536, np.uint32)):
+        label = np.array([[0, 1], [2, top]])
+        save_instances(tmp_path / 'a.tiff', label)
+        saved = tifffile.imread(tmp_path / 'a.tiff')
+        assert saved.dtype == dtype and (saved == label).all()
+    save_instances(tmp_path / 'a.png', np.array([[0, 300]]))
+    assert np.asarray(Image.open(tmp_path / 'a.png')).tolist() == [[0, 300]]
+    with pytest.raises(ValueError, match='a PNG holds no ids above 65,535'):
+        save_instances(tmp_path / 'b.png', label)
+
+
+def test_gpu_option_chooses_the_device():
+    assert choose_device([]).type == 'cpu'
+    assert choose_device('auto').type in ('cpu', 'cuda', 'mps')
+    with pytest.raises(InputError, match=r'--gpu asks for GPU 99, but \d+ CUDA GPUs were found'):
+        choose_device([99])
+
+
+@pytest.mark.parametrize('body, code, words', [
+    ('pass', 0, ''),
+    ("raise utils.InputError('found a, expected b')", 2, 'error: found a, expected b'),
+    ("open('/no/such/file')", 2, 'error: No such file or directory: /no/such/file'),
+    ("raise OSError(28, 'No space left on device', 'x.png')", 2, 'no space left on the disk while writing x.png'),
+    ('raise KeyboardInterrupt', 130, 'interrupted'),
+    ('1 / 0', 1, 'ZeroDivisionError'),
+])
+def test_exit_codes(body, code, words):
+    program = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import utils\ndef main(): {body}\nutils.run_script(main)'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == code and words in done.stderr
+    assert done.stderr.count('\n') <= 1 or code == 1
+
+
+def test_a_signal_stops_at_the_next_check_after_saving():
+    saved = []
+    with pytest.raises(SystemExit) as stopped, utils.StopRequest() as stop:
+        stop.check(lambda: saved.append('too early'))
+        signal.raise_signal(signal.SIGTERM)
+        stop.check(lambda: saved.append('saved'))
+    assert stopped.value.code == 143 and saved == ['saved']
