@@ -85,7 +85,7 @@ DATASET = Option('MultiOrgan', str, 'data set; chooses the defaults below', choi
 
 MODEL = dict(
     name=Option('FullNet', str, 'network; FCN_pooling is the ablation of the paper', choices=tuple(NETWORKS)),
-    in_c=Option(3, int, 'input channels', at_least=1),
+    in_c=Option(3, int, 'input channels: RGB'),
     out_c=Option(3, int, 'output channels: background, inside, contour', at_least=3),
     n_layers=Option(6, int, 'layers of a dense block; 4 or 6 with hybrid dilation', at_least=1),
     growth_rate=Option(24, int, 'new channels per layer; time and memory grow with it', at_least=1),
@@ -365,6 +365,8 @@ class Options:
                              f'--patch-size, {self.test["patch_size"]}')
 
     def _check_model(self):
+        if self.model['in_c'] != 3:
+            raise InputError(f'--in-c is {self.model["in_c"]}; expected 3: all images are read as RGB')
         dilations = self.model['dilations']
         if not dilations or min(dilations) < 1:
             raise InputError(f'--dilations is {_show(dilations)}; expected one or more numbers of at least 1')

@@ -98,6 +98,8 @@ def main(argv=None):
 def train_epoch(state, loader, criterion, train, device, run, stop):
     """The training half of an epoch, from the step at which the state stands."""
     state.model.train()
+    several = isinstance(train['gpu'], list) and len(train['gpu']) > 1
+    network = torch.nn.DataParallel(state.model, train['gpu']) if several else state.model
     batches = loader.batch_sampler
     batches.set_position(state.epoch, state.batch)
     started, first = time.monotonic(), state.batch
@@ -110,7 +112,7 @@ def train_epoch(state, loader, criterion, train, device, run, stop):
         image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
 
         # 2. forward and loss
-        logits = state.model(image)
+        logits = network(image)
         loss, loss_ce, loss_var = criterion(logits, target, weight)
         if not torch.isfinite(loss):
             names = ', '.join(loader.dataset.names[key[0]] for key in batches.batch(state.epoch, state.batch))
@@ -149,7 +151,7 @@ def validate(model, loader, criterion, train, device, run, stop):
     for image, weight, label in tqdm(loader, desc='validation', disable=None, leave=False):
         image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
         with torch.inference_mode():
-            logits = split_forward(model, image, train['input_size'], train['val_overlap'])
+            logits = split_forward(model, image, train['input_size'], train['val_overlap'], model.conv2.out_channels)
             loss = criterion(logits, target, weight)[0]
         meter.update([loss.item(), *pixel_results(logits, target)], 1)
         stop.check(run.save_and_say_how_to_go_on)
@@ -374,8 +376,10 @@ class Run:
 
     def log_epoch(self, row):
         """One line of the log, TensorBoard, epoch_results.txt and learning_curve.png."""
-        log.info('epoch %d  train: loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f  '
-                 'val: loss %.4f  acc %.4f  IoU %.4f  (%.1f min)', *row, self.state.minutes())
+        text = 'epoch %d  train: loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f' % tuple(row[:6])
+        if not math.isnan(row[6]):
+            text += '  val: loss %.4f  acc %.4f  IoU %.4f' % tuple(row[6:])
+        log.info(f'{text}  ({self.state.minutes():.1f} min)')
         for name, value in zip(COLUMNS[1:], row[1:]):
             if not math.isnan(value):
                 self.writer.add_scalar(name.replace('_', '/', 1), value, row[0])

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import InputError, run_script, save_image, write_text  # noqa: E402
 
 HEMATOXYLIN = np.array([0.74, 0.98, 0.58])      # optical density in (R, G, B) of one unit of stain

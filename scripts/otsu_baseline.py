@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 from skimage.filters import threshold_otsu
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import list_images, missing_files_message, read_image, read_instance_label  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import list_images, read_image, read_instance_label  # noqa: E402
+from test import find_labels  # noqa: E402
 from utils import InputError, nuclei_accuracy_object_level, post_process, run_script  # noqa: E402
 
 
@@ -27,10 +28,15 @@ def otsu_label(image, min_area=20, radius=2):
     return post_process(dark, min_area, radius)
 
 
-def label_path(label_dir, name):
-    """The label of image `name`: {name}.png, or else {name}_label.png."""
-    plain = Path(label_dir) / f'{name}.png'
-    return plain if plain.exists() else Path(label_dir) / f'{name}_label.png'
+def otsu_scores(images, label_dir, min_area=20, radius=2):
+    """{image name: (AJI, Dice, F1)} of Otsu's threshold on image files; their mean has the name 'Average'."""
+    scores = {}
+    for path, label in zip(images, find_labels(images, label_dir)):
+        image = read_image(path)
+        truth = read_instance_label(label, image.shape[:2])
+        result = nuclei_accuracy_object_level(otsu_label(image, min_area, radius), truth)
+        scores[path.stem] = (result.AJI, result.dice, result.F1)
+    return {**scores, 'Average': tuple(np.mean(list(scores.values()), axis=0))}
 
 
 def main(argv=None):
@@ -45,21 +51,9 @@ def main(argv=None):
         if getattr(args, name) < 0:
             raise InputError(f'--{name.replace("_", "-")} is {getattr(args, name)}; expected 0 or more')
 
-    images = list_images(args.img_dir)
-    labels = [label_path(args.label_dir, path.stem) for path in images]
-    missing = [path.stem for path, label in zip(images, labels) if not label.exists()]
-    if missing:
-        raise InputError(missing_files_message('labels are', missing, args.label_dir))
-
     print('name\tAJI\tDice\tF1')
-    scores = []
-    for path, label in zip(images, labels):
-        image = read_image(path)
-        truth = read_instance_label(label, image.shape[:2])
-        _, _, f1, dice, _, _, aji = nuclei_accuracy_object_level(otsu_label(image, args.min_area, args.radius), truth)
-        scores.append((aji, dice, f1))
-        print('\t'.join([path.stem, *(f'{score:.4f}' for score in scores[-1])]))
-    print('\t'.join(['mean', *(f'{score:.4f}' for score in np.mean(scores, axis=0))]))
+    for name, scores in otsu_scores(list_images(args.img_dir), args.label_dir, args.min_area, args.radius).items():
+        print('\t'.join([name, *(f'{score:.4f}' for score in scores)]))
 
 
 if __name__ == '__main__':

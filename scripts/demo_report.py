@@ -1,0 +1,84 @@
+"""The end of the demo: the network's scores beside Otsu's, and one picture of everything.
+
+    python scripts/demo_report.py --data-dir DATA --result-dir RESULTS --out overview.png
+
+DATA: as prepared by prepare_data.py. RESULTS: where test.py wrote for DATA/images/test_same.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from skimage.segmentation import find_boundaries
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import list_images, read_image, read_instance_label  # noqa: E402
+from prepare_data import ternary_label  # noqa: E402
+from scripts.otsu_baseline import otsu_scores  # noqa: E402
+from utils import InputError, atomic_path, run_script  # noqa: E402
+from weight_map import weight_map  # noqa: E402
+
+
+def network_scores(result_file):
+    """{image name: {column: value}} of a `_test_result.txt` of test.py; the mean has the name 'Average'."""
+    path = Path(result_file)
+    if not path.is_file():
+        raise InputError(f'no {path}; run test.py first')
+    header, *rows = [line.split('\t') for line in path.read_text().splitlines() if line]
+    return {row[0].rstrip(':'): dict(zip(header[1:], map(float, row[1:]))) for row in rows}
+
+
+def outline(image, label, colour=(0, 230, 0)):
+    """The image, uint8 (H, W, 3), with the outlines of the objects of an instance label (H, W) drawn on it."""
+    return np.where(find_boundaries(label, mode='inner')[..., None], np.uint8(colour), image)
+
+
+def draw_overview(path, image, label, inside, contour, prediction, title):
+    """One picture: image, ternary label, weight map, inside and contour probability, prediction over the image."""
+    panels = [('image', image, {}), ('ternary label', ternary_label(label), {}),
+              ('weight map', weight_map(label) + 1, dict(cmap='magma', vmin=1, vmax=11)),
+              ('probability of inside', inside, dict(cmap='gray', vmin=0, vmax=255)),
+              ('probability of contour', contour, dict(cmap='gray', vmin=0, vmax=255)),
+              ('prediction', outline(image, prediction), {})]
+    figure = Figure(figsize=(15, 10.4), layout='constrained')
+    for axes, (name, pixels, options) in zip(figure.subplots(2, 3).flat, panels):
+        axes.imshow(pixels, interpolation='nearest', **options)
+        axes.set_title(name)
+        axes.axis('off')
+    figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="The network's scores beside Otsu's, and one picture of everything.")
+    parser.add_argument('--data-dir', required=True)
+    parser.add_argument('--result-dir', required=True)
+    parser.add_argument('--out', required=True)
+    args = parser.parse_args(argv)
+    images, labels = Path(args.data_dir) / 'images' / 'test_same', Path(args.data_dir) / 'labels_instance' / 'test'
+    results = Path(args.result_dir)
+
+    network = network_scores(results / 'test_same_test_result.txt')
+    otsu = otsu_scores(list_images(images), labels)
+    print(f'{"":20} {"Otsu":>24} {"network":>24}')
+    print(f'{"image":20}' + f' {"AJI":>8}{"Dice":>8}{"F1":>8}' * 2)
+    for name, scores in otsu.items():
+        row = network[name]
+        print(f'{name:20} ' + ''.join(f'{v:8.4f}' for v in scores) + ' '
+              + ''.join(f'{row[column]:8.4f}' for column in ('AJI', 'Dice', 'F1')))
+    print(f"AJI of the network {network['Average']['AJI']:.4f}, of Otsu's threshold {otsu['Average'][0]:.4f}, "
+          f"difference {network['Average']['AJI'] - otsu['Average'][0]:+.4f}")
+
+    name = list_images(images)[0].stem
+    maps = [np.asarray(Image.open(results / 'test_same_prob_maps' / f'{name}_prob_{kind}.png'))
+            for kind in ('inside', 'contour')]
+    draw_overview(args.out, read_image(images / f'{name}.png'), read_instance_label(labels / f'{name}.png'), *maps,
+                  read_instance_label(results / 'test_same_segmentation' / f'{name}_seg.tiff'),
+                  f"{name}: AJI {network[name]['AJI']:.3f}, Otsu's threshold {otsu[name][0]:.3f}")
+
+
+if __name__ == '__main__':
+    run_script(main)

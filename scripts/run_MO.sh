@@ -1,0 +1,15 @@
+#!/bin/sh
+# Train on MultiOrgan, then test on both test sets. Arguments go to train.py: sh scripts/run_MO.sh --batch-size 4
+# DATA_DIR: the prepared data. SAVE_DIR: the run folder, by default the next free ./experiments/MultiOrgan/N.
+set -eu
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
+DATA_DIR=${DATA_DIR:-./data/MultiOrgan}
+
+python train.py --dataset MultiOrgan --data-dir "$DATA_DIR" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"
+
+for images in test_same test_diff; do
+    python test.py --dataset MultiOrgan --data-dir "$DATA_DIR" \
+        --img-dir "$DATA_DIR/images/$images" --label-dir "$DATA_DIR/labels_instance/test" \
+        ${SAVE_DIR:+--model-path "$SAVE_DIR/checkpoints/checkpoint_best.pth.tar" --save-dir "$SAVE_DIR/best"}
+done

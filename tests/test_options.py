@@ -1,0 +1,195 @@
+"""Defaults, command line, and what is refused."""
+import json
+
+import pytest
+
+from options import DATASETS, SCRIPT_GROUPS, TRANSFORM, TRANSFORM_PARSERS, Options, set_transform
+from utils import InputError
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def for_training(*words):
+    return Options(isTrain=True).parse(list(words))
+
+
+def for_testing(*words):
+    return Options(isTrain=False).parse(list(words))
+
+
+def test_published_defaults():
+    opt = for_training()
+    assert opt.dataset == 'MultiOrgan'
+    published = dict(data_dir='./data/MultiOrgan', save_dir='./experiments/MultiOrgan/1', input_size=208, num_epochs=300,
+                     batch_size=8, val_overlap=80, lr=1e-3, weight_decay=1e-4, log_interval=50, workers=2, alpha=1.0,
+                     checkpoint_freq=100, start_epoch=0, checkpoint='', lr_schedule='none')
+    assert {name: opt.train[name] for name in published} == published
+    assert opt.model == dict(name='FullNet', in_c=3, out_c=3, n_layers=6, growth_rate=24, drop_rate=0.1,
+                             compress_ratio=0.5, dilations=(1, 2, 4, 8, 16, 4, 1), is_hybrid=True, layer_type='basic')
+    assert list(opt.transform['train'].items()) == [
+        ('random_resize', (0.8, 1.25)), ('horizontal_flip', True), ('random_affine', 0.3), ('random_elastic', (6, 15)),
+        ('random_rotation', 90), ('random_crop', 208), ('label_encoding', 1), ('to_tensor', 1), ('normalize', True)]
+    glas = for_training('--dataset', 'GlaS')
+    assert (glas.train['lr'], glas.train['num_epochs']) == (5e-4, 1000)
+    assert list(glas.transform['train']) == ['scale', 'horizontal_flip', 'random_affine', 'random_elastic',
+                                             'random_rotation', 'random_crop', 'label_encoding', 'to_tensor', 'normalize']
+    assert glas.transform['val'] == dict(scale=208, label_encoding=2, to_tensor=1, normalize=True)
+
+
+@pytest.mark.parametrize('dataset, expected, post', [
+    ('MultiOrgan', dict(img_dir='./data/MultiOrgan/images/test_same', label_dir='./data/MultiOrgan/labels_instance/test',
+                        patch_size=208, overlap=80), dict(min_area=20, radius=2)),
+    ('GlaS', dict(img_dir='./data/GlaS/images/testA', label_dir='./data/GlaS/labels_instance/testA', patch_size=0),
+     dict(min_area=100, radius=4)),
+])
+def test_published_test_defaults(dataset, expected, post):
+    opt = for_testing('--dataset', dataset)
+    assert {name: opt.test[name] for name in expected} == expected and opt.post == post
+    assert (opt.test['epoch'], opt.test['tta'], opt.test['save_flag']) == ('best', 'full', True)
+    assert opt.test['save_dir'] == f'./experiments/{dataset}/1/best'
+    assert opt.test['model_path'] == f'./experiments/{dataset}/1/checkpoints/checkpoint_best.pth.tar'
+
+
+def a_word_for(name, option):
+    """A valid word for an option that is not its default."""
+    special = {'dilations': '1 2', 'gpu': 'cpu', 'tta': 'flips', 'scale_16bit': '0 4095', 'n_layers': '4',
+               'input_size': '160', 'patch_size': '160', 'lr_schedule': 'cosine', 'name': 'FCN_pooling',
+               'layer_type': 'bottleneck', 'val_fraction': '0.4', 'epoch': '7'}
+    if name in special:
+        return special[name]
+    default = option.default[0] if isinstance(option.default, tuple) else option.default
+    if isinstance(default, bool):
+        return str(not default)
+    return f'{default}x' if isinstance(default, str) else str(default + 1) if isinstance(default, int) else '0.05'
+
+
+ALL_FLAGS = [(script, group, name) for script, groups in SCRIPT_GROUPS.items() for group in groups
+             for name in groups[group] if name != 'in_c']              # always 3
+
+
+@pytest.mark.parametrize('script, group, name', ALL_FLAGS, ids=['-'.join(f) for f in ALL_FLAGS])
+def test_every_option_has_a_flag(script, group, name):
+    option = SCRIPT_GROUPS[script][group][name]
+    default, changed = (Options(script=script).parse(argv) for argv in
+                        ([], ['--' + name.replace('_', '-'), *a_word_for(name, option).split()]))
+    assert getattr(default, group)[name] != getattr(changed, group)[name]
+    assert (group, name) in changed.given
+
+
+@pytest.mark.parametrize('word, value', [('True', True), ('false', False), ('0', False), ('yes', True)])
+def test_flags_that_are_true_or_false(word, value):
+    assert for_testing('--save-flag', word).test['save_flag'] is value
+
+
+def test_published_names_of_flags():
+    opt = for_training('--epochs', '3', '--checkpoint-path', 'x.pth')
+    assert opt.train['num_epochs'] == 3 and opt.train['checkpoint'] == 'x.pth'
+
+
+@pytest.mark.parametrize('words, gpus', [
+    (['01'], [0, 1]), (['0'], [0]), (['0,1'], [0, 1]), (['0', '1'], [0, 1]), (['10,11'], [10, 11]),
+    (['10', '11'], [10, 11]), (['10,'], [10]), (['cpu'], []), (['auto'], 'auto'),
+])
+def test_gpu_numbers(words, gpus):
+    assert for_training('--gpu', *words).train['gpu'] == gpus
+
+
+def test_paths_follow_the_data_set_and_the_epoch():
+    opt = for_testing('--dataset', 'GlaS', '--epoch', '20')
+    assert opt.test['model_path'] == './experiments/GlaS/1/checkpoints/checkpoint_20.pth.tar'
+    assert opt.test['save_dir'] == './experiments/GlaS/1/20'
+    assert for_testing('--model-path', 'm').test['model_path'] == 'm'
+
+
+def test_training_takes_the_next_free_run_and_testing_the_newest(tmp_path):
+    for number in ('1', '2', '10', 'notes'):
+        (tmp_path / 'experiments' / 'MultiOrgan' / number).mkdir(parents=True)
+    assert for_training().train['save_dir'] == './experiments/MultiOrgan/11'
+    assert for_testing().test['save_dir'] == './experiments/MultiOrgan/10/best'
+    assert for_training('--dataset', 'GlaS').train['save_dir'] == './experiments/GlaS/1'
+
+
+def test_labels_belong_to_images():
+    assert for_testing('--img-dir', 'somewhere').test['label_dir'] == ''
+    assert for_testing('--img-dir', 'somewhere', '--label-dir', 'there').test['label_dir'] == 'there'
+    assert for_testing('--label-dir', '').test['label_dir'] == ''
+
+
+def test_transforms_on_the_command_line():
+    opt = for_training('--transform.train.random_affine', '0.1', '--transform.train.random_elastic', 'none',
+                        '--transform.train.vertical_flip', 'True', '--transform.train.random_resize', '0.5', '2',
+                        '--transform.val.scale', '300')
+    assert list(opt.transform['train'].items())[:4] == [('random_resize', (0.5, 2.0)), ('horizontal_flip', True),
+                                                        ('vertical_flip', True), ('random_affine', 0.1)]
+    assert 'random_elastic' not in opt.transform['train'] and opt.transform['val']['scale'] == 300
+    assert for_testing('--dataset', 'GlaS', '--transform.test.scale', 'none').transform['test'] == \
+        dict(to_tensor=1, normalize=True)
+    assert 'random_elastic' in TRANSFORM.MultiOrgan['train'], 'the defaults must not change'
+
+
+def test_set_transform_keeps_the_order():
+    assert list(set_transform({'scale': 1, 'to_tensor': 1}, 'random_crop', 9)) == ['scale', 'random_crop', 'to_tensor']
+    assert set_transform({'scale': 1}, 'scale', None) == {} == set_transform({}, 'scale', None)
+    assert set(TRANSFORM_PARSERS) >= {name for d in DATASETS for t in getattr(TRANSFORM, d).values() for name in t}
+
+
+def test_the_crop_follows_input_size_unless_given():
+    assert for_training('--input-size', '100').transform['train']['random_crop'] == 100
+    opt = for_training('--input-size', '100', '--transform.train.random_crop', '90')
+    assert opt.transform['train']['random_crop'] == 90
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--learning-rate', '1'], 'unrecognized arguments: --learning-rate 1'),
+    (['--n-lay', '4'], 'unrecognized arguments: --n-lay 4'),
+    (['--lr', 'fast'], "--lr is 'fast'; expected a number"),
+    (['--batch-size', '1.5'], "--batch-size is '1.5'; expected a whole number"),
+    (['--batch-size', '0'], '--batch-size is 0; expected at least 1'),
+    (['--alpha', '-1'], '--alpha is -1.0; expected at least 0'),
+    (['--alpha', 'nan'], '--alpha is nan; expected at least 0'),
+    (['--drop-rate', '1'], '--drop-rate is 1.0; expected less than 1'),
+    (['--layer-type', 'wide'], "--layer-type is 'wide'; expected one of basic, bottleneck"),
+    (['--dataset', 'Camelyon'], "argument --dataset: invalid choice: 'Camelyon'"),
+    (['--gpu', 'first'], "--gpu is 'first'; expected GPU numbers such as 0 or 0,1, or cpu, or auto"),
+    (['--is-hybrid', 'maybe'], "--is-hybrid is 'maybe'; expected True or False"),
+    (['--n-layers', '5'], r'no hybrid dilations for \(dilation, n_layers\) = \(1, 5\)'),
+    (['--in-c', '1'], '--in-c is 1; expected 3: all images are read as RGB'),
+    (['--dilations', '0'], '--dilations is 0; expected one or more numbers of at least 1'),
+    (['--input-size', '80'], '--val-overlap is 80; expected less than --input-size, 80'),
+    (['--transform.train.random_elastic', '6'], "random_elastic is '6'; expected 2 numbers"),
+])
+def test_values_that_are_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        for_training(*words)
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--tta', 'some'], "--tta is 'some'; expected full, flips or none"),
+    (['--overlap', '208'], '--overlap is 208; expected less than --patch-size, 208'),
+    (['--scale-16bit', '9', '3'], 'expected two numbers LO HI with LO < HI'),
+])
+def test_test_values_that_are_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        for_testing(*words)
+
+
+def test_all_options_are_written_down_and_changed_ones_marked(tmp_path):
+    opt = for_training('--lr', '0.5', '--transform.train.random_affine', 'none')
+    opt.save(tmp_path / 'run')
+    text = (tmp_path / 'run' / 'train_options.txt').read_text()
+    assert 'lr: 0.5    [default: 0.001]' in text and 'random_affine: none    [default: 0.3]' in text
+    assert 'batch_size: 8\n' in text
+    stored = json.loads((tmp_path / 'run' / 'train_options.json').read_text())
+    assert stored['train']['lr'] == 0.5 and stored['dataset'] == 'MultiOrgan'
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        for_testing('--help')
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for name in (*SCRIPT_GROUPS['test']['test'], *SCRIPT_GROUPS['test']['post']):
+        assert '--' + name.replace('_', '-') in text

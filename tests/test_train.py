@@ -1,0 +1,382 @@
+"""Training through its command line: what is written, what every option changes, exact resume, what is refused."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from miniature import SMALL, make_glas, make_multi_organ
+from PIL import Image
+
+import train
+from options import TRAIN
+from utils import InputError, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_multi_organ(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(data, save_dir, *words, small=True):
+    """Train; returns the latest checkpoint and the rows of epoch_results.txt."""
+    train.main([*(SMALL if small else []), '--data-dir', str(data), '--save-dir', str(save_dir), *words])
+    return load_checkpoint(Path(save_dir) / 'checkpoints' / 'checkpoint.pth.tar'), results(save_dir)
+
+
+def results(save_dir):
+    lines = (Path(save_dir) / 'epoch_results.txt').read_text().splitlines()
+    return [dict(zip(lines[0].split('\t'), map(float, line.split('\t')))) for line in lines[1:]]
+
+
+def same_weights(a, b):
+    return a['state_dict'].keys() == b['state_dict'].keys() and \
+        all(torch.equal(a['state_dict'][key], b['state_dict'][key]) for key in a['state_dict'])
+
+
+@pytest.fixture(scope='module')
+def base(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('base') / 'run'
+    return (*run(data, folder), folder)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a run writes
+# ---------------------------------------------------------------------------------------------------
+
+def test_a_run_writes_what_the_paper_s_code_writes_and_more(base):
+    checkpoint, rows, folder = base
+    header = (folder / 'epoch_results.txt').read_text().splitlines()[0]
+    assert header.split('\t') == ['epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc', 'train_iou',
+                                  'val_loss', 'val_acc', 'val_iou']
+    assert sorted(p.name for p in folder.iterdir()) == sorted(train.RUN_FILES)
+    assert sorted(p.name for p in (folder / 'checkpoints').iterdir()) == ['checkpoint.pth.tar',
+                                                                         'checkpoint_best.pth.tar']
+    assert list((folder / 'tb_logs').iterdir()) and Image.open(folder / 'learning_curve.png').width > 500
+    assert (checkpoint['epoch'], checkpoint['best_iou']) == (1, pytest.approx(rows[0]['val_iou'], abs=1e-4))
+    assert rows[0]['train_loss'] == pytest.approx(rows[0]['train_loss_CE'] + rows[0]['train_loss_var'], abs=2e-4)
+    np.testing.assert_array_equal(checkpoint['mean_std'], np.load(folder.parents[1] / 'data0' / 'mean_std.npy')
+                                  if (folder.parents[1] / 'data0').exists() else checkpoint['mean_std'])
+    log = (folder / 'train.log').read_text()
+    assert 'FullNet with' in log and 'epoch 1  train: loss' in log and 'done: 1 epochs' in log
+
+
+def test_run_info_records_versions_seed_and_files(base, data):
+    info = json.loads((base[2] / 'run_info.json').read_text())
+    assert info['packages']['torch'] == torch.__version__.split('+')[0] or '+' in info['packages']['torch']
+    assert info['seed'] == TRAIN['seed'].default
+    names = {Path(name).name for name in info['files']}
+    assert {'train_0.png', 'train_0_label.png', 'val_0_weight.png'} <= names and len(names) == 15
+
+
+def test_the_published_format_of_the_checkpoint(base):
+    stored = torch.load(base[2] / 'checkpoints' / 'checkpoint_best.pth.tar', weights_only=True)
+    assert {'epoch', 'state_dict', 'best_iou', 'optimizer'} <= set(stored)
+    assert all(key.startswith('module.') for key in stored['state_dict'])
+
+
+def test_training_is_repeated_exactly_whatever_the_number_of_workers(base, data, tmp_path):
+    for workers in ('0', '2'):
+        again, rows = run(data, tmp_path / workers, '--workers', workers)
+        assert same_weights(again, base[0]) and rows == base[1]
+
+
+def test_training_learns(data, tmp_path):
+    _, rows = run(data, tmp_path / 'a', '--epochs', '8', '--lr', '0.01', '--transform.train.random_elastic', 'none',
+                  '--transform.train.random_affine', 'none')
+    assert rows[-1]['train_loss_CE'] < 0.6 * rows[0]['train_loss_CE'] and rows[-1]['train_iou'] > 0.3
+
+
+# ---------------------------------------------------------------------------------------------------
+# Every option changes what runs
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('words', [
+    '--growth-rate 3', '--n-layers 6', '--drop-rate 0.4', '--compress-ratio 0.4', '--dilations 2', '--out-c 4',
+    '--dilations 2 --is-hybrid False', '--layer-type bottleneck', '--input-size 32', '--batch-size 3', '--lr 0.01',
+    '--weight-decay 0.5', '--alpha 3', '--seed 3', '--use-weight-map False', '--lr-schedule onecycle',
+    '--lr-schedule cosine', '--warmup-epochs 1', '--clip-grad 0.01', '--ema-decay 0.9',
+    '--transform.train.random_affine none', '--transform.train.random_elastic 6 3',
+    '--transform.train.random_rotation 10', '--transform.train.random_resize 1 1.1',
+    '--transform.train.horizontal_flip False', '--transform.train.vertical_flip True',
+    '--transform.train.label_encoding 2', '--transform.train.scale 70', '--transform.train.normalize False',
+    '--transform.train.random_crop 32',
+])
+def test_options_that_change_the_weights(base, data, tmp_path, words):
+    assert not same_weights(run(data, tmp_path / 'run', *words.split())[0], base[0])
+
+
+@pytest.mark.parametrize('words', ['--val-overlap 20', '--transform.val.scale 70', '--transform.val.label_encoding 2'])
+def test_options_that_change_the_validation_only(base, data, tmp_path, words):
+    checkpoint, rows = run(data, tmp_path / 'run', *words.split())
+    assert same_weights(checkpoint, base[0]) and rows[0]['val_loss'] != base[1][0]['val_loss']
+
+
+def test_pooling_network(data, tmp_path):
+    dilations = ['--dilations', '1', '1', '1', '1', '1', '1', '1', '--growth-rate', '1']
+    pooled, full = (run(data, tmp_path / name, *dilations, '--name', name)[0] for name in ('FCN_pooling', 'FullNet'))
+    assert pooled['state_dict'].keys() == full['state_dict'].keys() and not same_weights(pooled, full)
+
+
+def test_alpha_zero_is_logged_as_minus_one(data, tmp_path):
+    row = run(data, tmp_path / 'run', '--alpha', '0')[1][0]
+    assert row['train_loss_var'] == -1 and row['train_loss'] == row['train_loss_CE']
+
+
+def test_epochs_checkpoint_freq_val_every_and_log_interval(data, tmp_path):
+    _, rows = run(data, tmp_path / 'run', '--epochs', '5', '--checkpoint-freq', '2', '--val-every', '2',
+                  '--log-interval', '1')
+    assert [row['epoch'] for row in rows] == [1, 2, 3, 4, 5]
+    assert [math.isnan(row['val_iou']) for row in rows] == [True, False, True, False, False]
+    names = {p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
+    assert names == {'checkpoint.pth.tar', 'checkpoint_best.pth.tar', 'checkpoint_2.pth.tar', 'checkpoint_4.pth.tar'}
+    assert (tmp_path / 'run' / 'train.log').read_text().count('  step 1/2') == 5
+
+
+def test_start_epoch(data, tmp_path):
+    checkpoint, rows = run(data, tmp_path / 'run', '--epochs', '3', '--start-epoch', '2')
+    assert [row['epoch'] for row in rows] == [3] and checkpoint['epoch'] == 3
+
+
+def test_checkpoint_minutes(data, tmp_path, monkeypatch):
+    saved = []
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, 'save_checkpoint', lambda path, c: (saved.append(c['batch']), save(path, c)))
+    run(data, tmp_path / 'a')
+    assert saved == [0]
+    run(data, tmp_path / 'b', '--checkpoint-minutes', '0')
+    assert saved == [0, 1, 2, 0]
+
+
+def test_workers_gpu_and_data_dir_reach_what_runs(data, tmp_path, monkeypatch):
+    asked = []
+    loader = train.DataLoader
+    monkeypatch.setattr(train, 'DataLoader', lambda *a, **k: (asked.append(k['num_workers']), loader(*a, **k))[1])
+    run(data, tmp_path / 'a', '--workers', '1')
+    assert asked[0] == 1
+    with pytest.raises(InputError, match='--gpu asks for GPU 99'):
+        run(data, tmp_path / 'b', '--gpu', '99,')
+    with pytest.raises(InputError, match='no .*nowhere.mean_std.npy; prepare_data.py writes it'):
+        run(tmp_path / 'nowhere', tmp_path / 'b')
+    assert not (tmp_path / 'b').exists()
+
+
+def test_init_from_starts_from_other_weights(base, data, tmp_path):
+    path = base[2] / 'checkpoints' / 'checkpoint.pth.tar'
+    tuned, _ = run(data, tmp_path / 'run', '--init-from', str(path), '--lr', '0', '--weight-decay', '0')
+    weight = 'conv2.weight'
+    assert torch.equal(tuned['state_dict'][weight], base[0]['state_dict'][weight]) and tuned['epoch'] == 1
+
+
+def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
+    first, _ = run(data, tmp_path / 'run', '--max-minutes', '0.03', '--epochs', '1000')
+    assert first['steps_planned'] and 2 <= first['step'] == first['total_steps'] < 400
+    path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
+    train.main(['--checkpoint-path', str(path)])
+    assert load_checkpoint(path)['step'] == first['step']
+
+
+def test_learning_rates():
+    def rates(**changes):
+        options = dict(lr=1.0, lr_schedule='none', warmup_epochs=0.0) | changes
+        return np.array([train.learning_rate(step, 100, options, steps_per_epoch=10) for step in range(100)])
+    assert (rates() == 1).all()
+    assert rates(warmup_epochs=1.0)[:10] == pytest.approx(np.arange(1, 11) / 11) and rates(warmup_epochs=1.0)[10] == 1
+    cosine = rates(lr_schedule='cosine')
+    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and (np.diff(cosine) < 0).all() and cosine[99] < 0.001
+    cycle = rates(lr_schedule='onecycle')
+    assert cycle[0] == pytest.approx(0.04) and cycle[30] == 1 and cycle.argmax() == 30 and cycle[99] < 0.002
+
+
+# ---------------------------------------------------------------------------------------------------
+# Resume
+# ---------------------------------------------------------------------------------------------------
+
+FOUR_EPOCHS = ['--epochs', '4', '--ema-decay', '0.9', '--lr-schedule', 'cosine', '--drop-rate', '0.3']
+
+
+class Stop(Exception):
+    """Ends a run as abruptly as a crash would."""
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+@pytest.mark.parametrize('steps', [3, 4])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, workers, steps):
+    """4 epochs of 2 steps, against a crash after 3 or 4 steps and a resume: weights, averages, optimizer, results."""
+    options = [*FOUR_EPOCHS, '--workers', workers, '--checkpoint-minutes', '0']
+    whole, rows = run(data, tmp_path / 'whole', *options)
+
+    def crash(run):
+        run.save_latest()
+        if run.state.step == steps:
+            raise Stop
+    monkeypatch.setattr(train.Run, 'save_if_due', crash)
+    with pytest.raises(Stop):
+        run(data, tmp_path / 'parts', *options)
+    monkeypatch.undo()
+    path = tmp_path / 'parts' / 'checkpoints' / 'checkpoint.pth.tar'
+    assert load_checkpoint(path)['step'] == steps
+    train.main(['--checkpoint-path', str(path)])
+
+    resumed = load_checkpoint(path)
+    assert same_weights(resumed, whole) and results(tmp_path / 'parts') == rows
+    assert all(torch.equal(resumed['raw_state_dict'][k], v) for k, v in whole['raw_state_dict'].items())
+    for k, values in whole['optimizer']['state'].items():
+        assert all(torch.equal(resumed['optimizer']['state'][k][name], value) for name, value in values.items())
+    assert (resumed['best_iou'], resumed['history']) == (whole['best_iou'], whole['history'])
+
+
+def test_num_epochs_may_grow_when_the_rate_is_constant(data, tmp_path):
+    whole, rows = run(data, tmp_path / 'whole', '--epochs', '3')
+    run(data, tmp_path / 'parts', '--epochs', '2')
+    path = tmp_path / 'parts' / 'checkpoints' / 'checkpoint.pth.tar'
+    train.main(['--checkpoint-path', str(path), '--epochs', '3'])
+    assert same_weights(load_checkpoint(path), whole) and results(tmp_path / 'parts') == rows
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--n-layers', '6'], '--n-layers is 6, but the run of .*checkpoint.pth.tar has 4, and it cannot change'),
+    (['--batch-size', '7'], '--batch-size is 7, but the run of .* has 2'),
+    (['--transform.train.random_affine', '0.1'], '--random-affine is 0.1, but the run of .* has 0.3'),
+    (['--dataset', 'GlaS'], '--dataset is GlaS, but the run of .* has MultiOrgan'),
+])
+def test_options_that_cannot_change_are_refused_by_name(base, words, message):
+    with pytest.raises(InputError, match=message):
+        train.main(['--checkpoint-path', str(base[2] / 'checkpoints' / 'checkpoint.pth.tar'), *words])
+
+
+def test_num_epochs_cannot_change_under_a_schedule(data, tmp_path):
+    run(data, tmp_path / 'run', '--lr-schedule', 'cosine')
+    with pytest.raises(InputError, match='--num-epochs is 9, but the run of .* has 1'):
+        train.main(['--checkpoint-path', str(tmp_path / 'run/checkpoints/checkpoint.pth.tar'), '--epochs', '9'])
+
+
+def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data, tmp_path):
+    stored = torch.load(base[2] / 'checkpoints' / 'checkpoint.pth.tar', weights_only=True)
+    published = {key: stored[key] for key in ('epoch', 'state_dict', 'best_iou', 'optimizer')}
+    torch.save(published, tmp_path / 'published.pth.tar')
+    checkpoint, rows = run(data, tmp_path / 'run', '--checkpoint-path', str(tmp_path / 'published.pth.tar'),
+                           '--epochs', '2')
+    assert checkpoint['epoch'] == 2 and [row['epoch'] for row in rows] == [2]
+    torch.save({**published, 'optimizer': {}}, tmp_path / 'published.pth.tar')
+    with pytest.raises(InputError, match='holds no optimizer state, .* with --init-from'):
+        run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'))
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(data, tmp_path, number, code):
+    process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *SMALL, '--data-dir', str(data), '--save-dir',
+                                str(tmp_path / 'run'), '--epochs', '10000', '--workers', '1'],
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar', process)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)    # Ctrl-C hits all
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code and 'Traceback' not in error
+    assert f'go on with: python train.py --checkpoint-path {tmp_path}/run/checkpoints/checkpoint.pth.tar' in error
+    step = load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['step']
+    assert step > 0
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, 'training ended or hung before its first checkpoint'
+        time.sleep(0.05)
+
+
+def test_kill_leaves_a_checkpoint_that_can_be_resumed(data, tmp_path):
+    path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
+    words = [*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--epochs', '10000',
+             '--checkpoint-minutes', '0']
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *words], stderr=subprocess.DEVNULL)
+        wait_for(path, process)
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        process.wait()
+        step = load_checkpoint(path)['step']
+        words = ['--checkpoint-path', str(path)]
+    train.main([*words, '--epochs', str(step // 2 + 2)])
+    assert load_checkpoint(path)['epoch'] == step // 2 + 2
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(base, data, tmp_path, monkeypatch):
+    shutil.copytree(base[2], tmp_path / 'run')
+    path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
+    before = path.read_bytes()
+
+    def full(checkpoint, file):
+        Path(file).write_bytes(b'half a checkpoint')
+        raise OSError(28, 'No space left on device', file)
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError):
+        train.main(['--checkpoint-path', str(path), '--epochs', '2'])
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------
+
+def test_an_older_run_is_not_overwritten_unless_asked(data, tmp_path):
+    run(data, tmp_path / 'run', '--epochs', '2')
+    with pytest.raises(InputError, match='run is not empty; resume with --checkpoint-path .*or replace the run with'):
+        run(data, tmp_path / 'run')
+    assert len(results(tmp_path / 'run')) == 2
+    (tmp_path / 'run' / 'notes.txt').write_text('mine')
+    run(data, tmp_path / 'run', '--overwrite', 'True')
+    assert len(results(tmp_path / 'run')) == 1 and (tmp_path / 'run' / 'notes.txt').exists()
+
+
+def test_crops_larger_than_the_images(data, tmp_path):
+    for workers in ('0', '1'):
+        with pytest.raises(InputError, match=r'random_crop \(input_size\) is 80, but an image is'):
+            run(data, tmp_path / workers, '--input-size', '80', '--workers', workers,
+                '--transform.train.random_resize', 'none')
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(data, tmp_path):
+    with pytest.raises(InputError, match=r'the loss is nan in epoch 1, step 2, on train_\d.png, train_\d.png; '
+                                         'nothing was saved before; try a lower --lr'):
+        run(data, tmp_path / 'run', '--lr', '1e30')
+
+
+def test_a_missing_checkpoint_is_not_a_fresh_start(data, tmp_path):
+    with pytest.raises(InputError, match='no checkpoint at nothing.pth.tar'):
+        run(data, tmp_path / 'run', '--checkpoint-path', 'nothing.pth.tar')
+    assert not (tmp_path / 'run').exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run scripts
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('script, make, sets', [('run_MO.sh', make_multi_organ, ('test_same', 'test_diff')),
+                                                ('run_GlaS.sh', make_glas, ('testA', 'testB'))])
+def test_run_scripts_train_and_test_both_sets(tmp_path, script, make, sets):
+    folder = make(tmp_path / 'my data')
+    environment = {**os.environ, 'DATA_DIR': str(folder), 'SAVE_DIR': str(tmp_path / 'run'),
+                   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    small = [word for word in SMALL if word != 'cpu' and word != '--gpu']
+    scale = ['--transform.train.scale', '44'] if 'GlaS' in script else []
+    subprocess.run(['sh', str(ROOT / 'scripts' / script), *small, *scale], env=environment, check=True, cwd=tmp_path,
+                   capture_output=True)
+    for name in sets:
+        table = (tmp_path / 'run' / 'best' / f'{name}_test_result.txt').read_text()
+        assert table.startswith('Metrics:\tpixel_acc') and '\nAverage:\t' in table
+        assert list((tmp_path / 'run' / 'best' / f'{name}_segmentation').glob('*_seg.tiff'))
