@@ -270,8 +270,8 @@ class DataFolder(torch.utils.data.Dataset):
         self.data_transform = data_transform
         images = list_images(dir_list[0])
         self.names = [path.name for path in images]
-        self.items = [[path, *(Path(folder) / f'{path.stem}_{ending}' for folder, ending in zip(dir_list[1:], post_fix))]
-                      for path in images]
+        partners = list(zip(map(Path, dir_list[1:]), post_fix))
+        self.items = [[path, *(folder / f'{path.stem}_{ending}' for folder, ending in partners)] for path in images]
         for k, folder in enumerate(dir_list[1:], start=1):
             missing = [item[k].name for item in self.items if not item[k].is_file()]
             if missing:

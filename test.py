@@ -88,7 +88,7 @@ def take_model_of_checkpoint(opt, checkpoint):
 
 
 def find_mean_std(opt, checkpoint):
-    """mean_std, float64 (2, 3), of the checkpoint; a published one has none: data_dir's file, or the published values."""
+    """mean_std, float64 (2, 3): the checkpoint's; a published one has none, so data_dir's file or published values."""
     if 'mean_std' in checkpoint:
         return check_mean_std(np.array(checkpoint['mean_std']), opt.test['model_path'])
     path = Path(opt.test['data_dir']) / 'mean_std.npy'

@@ -30,7 +30,7 @@ COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc'
            'val_loss', 'val_acc', 'val_iou')
 # What may differ when a run is resumed; anything else would make it two runs in one.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
-              'checkpoint_minutes', 'overwrite'}
+              'checkpoint_minutes', 'overwrite', 'memory_efficient'}
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png')
 
@@ -59,7 +59,7 @@ def main(argv=None):
     model = build_model(opt.model)
     if train['init_from'] and not checkpoint:
         load_weights(model, load_checkpoint(train['init_from'])['state_dict'], opt.model, train['init_from'])
-    model.to(device)
+    model.set_mode('auto', train['memory_efficient']).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=train['lr'], betas=(0.9, 0.99),
                                  weight_decay=train['weight_decay'])
     criterion = VarCELoss(train['alpha'])
@@ -417,7 +417,11 @@ class Run:
     def save_latest(self):
         checkpoint = self.state.as_checkpoint()
         checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
-        save_checkpoint(self.latest, checkpoint)
+        try:
+            save_checkpoint(self.latest, checkpoint)
+        except OSError as error:
+            raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then go on '
+                             f'with: python train.py --checkpoint-path {self.latest}') from error
         self.last_saved = time.monotonic()
 
     def save_if_due(self):

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import errno
+import io
 import os
 import pickle
 import signal
@@ -210,7 +211,7 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        if 'weights_only' in str(error).lower() or 'unsupported' in str(error).lower():
+        if 'global' in str(error).lower():             # the name of something that is neither tensor nor plain value
             raise InputError(f'{path} holds more than weights and plain values, and was not loaded: it could run '
                              f'code; get the checkpoint from its authors as weights only') from error
         raise InputError(f'{path} is not a checkpoint, or is damaged; copy it again') from error
@@ -227,8 +228,12 @@ def load_checkpoint(path):
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint atomically, its state_dict with the `module.` prefix of the published format."""
     weights = {f'module.{key}': value for key, value in checkpoint['state_dict'].items()}
-    with atomic_path(path) as temporary:
-        torch.save({**checkpoint, 'state_dict': weights}, temporary)
+    buffer = io.BytesIO()                          # torch.save to a full disk raises no OSError
+    torch.save({**checkpoint, 'state_dict': weights}, buffer)
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())                    # on the disk before the rename, should the machine stop
 
 
 def architecture(state_dict):

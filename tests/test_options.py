@@ -23,8 +23,8 @@ def for_testing(*words):
 def test_published_defaults():
     opt = for_training()
     assert opt.dataset == 'MultiOrgan'
-    published = dict(data_dir='./data/MultiOrgan', save_dir='./experiments/MultiOrgan/1', input_size=208, num_epochs=300,
-                     batch_size=8, val_overlap=80, lr=1e-3, weight_decay=1e-4, log_interval=50, workers=2, alpha=1.0,
+    published = dict(data_dir='./data/MultiOrgan', save_dir='./experiments/MultiOrgan/1', input_size=208,
+                     num_epochs=300, batch_size=8, val_overlap=80, lr=1e-3, weight_decay=1e-4, log_interval=50, workers=2, alpha=1.0,
                      checkpoint_freq=100, start_epoch=0, checkpoint='', lr_schedule='none')
     assert {name: opt.train[name] for name in published} == published
     assert opt.model == dict(name='FullNet', in_c=3, out_c=3, n_layers=6, growth_rate=24, drop_rate=0.1,
@@ -35,13 +35,14 @@ def test_published_defaults():
     glas = for_training('--dataset', 'GlaS')
     assert (glas.train['lr'], glas.train['num_epochs']) == (5e-4, 1000)
     assert list(glas.transform['train']) == ['scale', 'horizontal_flip', 'random_affine', 'random_elastic',
-                                             'random_rotation', 'random_crop', 'label_encoding', 'to_tensor', 'normalize']
+                                             'random_rotation', 'random_crop', 'label_encoding', 'to_tensor',
+                                             'normalize']
     assert glas.transform['val'] == dict(scale=208, label_encoding=2, to_tensor=1, normalize=True)
 
 
 @pytest.mark.parametrize('dataset, expected, post', [
-    ('MultiOrgan', dict(img_dir='./data/MultiOrgan/images/test_same', label_dir='./data/MultiOrgan/labels_instance/test',
-                        patch_size=208, overlap=80), dict(min_area=20, radius=2)),
+    ('MultiOrgan', dict(img_dir='./data/MultiOrgan/images/test_same', patch_size=208, overlap=80,
+                        label_dir='./data/MultiOrgan/labels_instance/test'), dict(min_area=20, radius=2)),
     ('GlaS', dict(img_dir='./data/GlaS/images/testA', label_dir='./data/GlaS/labels_instance/testA', patch_size=0),
      dict(min_area=100, radius=4)),
 ])

@@ -15,6 +15,7 @@ import torch
 from miniature import SMALL, make_glas, make_multi_organ
 from PIL import Image
 
+import test
 import train
 from options import TRAIN
 from utils import InputError, load_checkpoint
@@ -58,7 +59,7 @@ def base(data, tmp_path_factory):
 # What a run writes
 # ---------------------------------------------------------------------------------------------------
 
-def test_a_run_writes_what_the_paper_s_code_writes_and_more(base):
+def test_a_run_writes_what_the_paper_s_code_writes_and_more(base, data):
     checkpoint, rows, folder = base
     header = (folder / 'epoch_results.txt').read_text().splitlines()[0]
     assert header.split('\t') == ['epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc', 'train_iou',
@@ -69,15 +70,14 @@ def test_a_run_writes_what_the_paper_s_code_writes_and_more(base):
     assert list((folder / 'tb_logs').iterdir()) and Image.open(folder / 'learning_curve.png').width > 500
     assert (checkpoint['epoch'], checkpoint['best_iou']) == (1, pytest.approx(rows[0]['val_iou'], abs=1e-4))
     assert rows[0]['train_loss'] == pytest.approx(rows[0]['train_loss_CE'] + rows[0]['train_loss_var'], abs=2e-4)
-    np.testing.assert_array_equal(checkpoint['mean_std'], np.load(folder.parents[1] / 'data0' / 'mean_std.npy')
-                                  if (folder.parents[1] / 'data0').exists() else checkpoint['mean_std'])
+    assert checkpoint['mean_std'] == np.load(data / 'mean_std.npy').tolist()
     log = (folder / 'train.log').read_text()
     assert 'FullNet with' in log and 'epoch 1  train: loss' in log and 'done: 1 epochs' in log
 
 
 def test_run_info_records_versions_seed_and_files(base, data):
     info = json.loads((base[2] / 'run_info.json').read_text())
-    assert info['packages']['torch'] == torch.__version__.split('+')[0] or '+' in info['packages']['torch']
+    assert info['packages']['torch'].split('+')[0] == torch.__version__.split('+')[0]
     assert info['seed'] == TRAIN['seed'].default
     names = {Path(name).name for name in info['files']}
     assert {'train_0.png', 'train_0_label.png', 'val_0_weight.png'} <= names and len(names) == 15
@@ -248,6 +248,18 @@ def test_num_epochs_may_grow_when_the_rate_is_constant(data, tmp_path):
     assert same_weights(load_checkpoint(path), whole) and results(tmp_path / 'parts') == rows
 
 
+def test_train_resume_test(data, tmp_path):
+    """The newest run is resumed and tested with nothing but the data given."""
+    run(data, tmp_path / 'experiments' / 'MultiOrgan' / '1')
+    path = 'experiments/MultiOrgan/1/checkpoints/checkpoint.pth.tar'
+    train.main(['--checkpoint-path', path, '--epochs', '2'])
+    test.main(['--img-dir', str(data / 'images' / 'test_same'), '--label-dir', str(data / 'labels_instance' / 'test'),
+               '--gpu', 'cpu'])
+    out = tmp_path / 'experiments' / 'MultiOrgan' / '1' / 'best'
+    assert (out / 'test_same_test_result.txt').read_text().count('\n') == 5
+    assert len(list((out / 'test_same_segmentation').glob('*_seg.tiff'))) == 2
+
+
 @pytest.mark.parametrize('words, message', [
     (['--n-layers', '6'], '--n-layers is 6, but the run of .*checkpoint.pth.tar has 4, and it cannot change'),
     (['--batch-size', '7'], '--batch-size is 7, but the run of .* has 2'),
@@ -320,11 +332,11 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, data, tmp_path, monkeyp
     path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
     before = path.read_bytes()
 
-    def full(checkpoint, file):
-        Path(file).write_bytes(b'half a checkpoint')
-        raise OSError(28, 'No space left on device', file)
-    monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(OSError):
+    def full(number):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(InputError, match='cannot save .*checkpoint.pth.tar: No space left on device; the last good '
+                                         'checkpoint is .*; make room, then go on with: python train.py'):
         train.main(['--checkpoint-path', str(path), '--epochs', '2'])
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2
 

@@ -1,0 +1,296 @@
+"""Speed and memory of this code beside the plain version, measured in one run.
+
+    python scripts/benchmark.py [step | memory | profile | loss | loader | all] [--batch 2] [--repeats 5] [--threads 2]
+
+Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
+loop over the instances in the loss, an elastic deformation for every channel. Both versions take turns in every
+repeat, so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory
+runs each version in a process of its own, and the plain one needs over 17 GB at batch 8.
+"""
+import argparse
+import copy
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from FullNet import FullNet                                                          # noqa: E402
+from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy    # noqa: E402
+from my_transforms import RandomElastic, get_transforms                              # noqa: E402
+
+SIZE = 208
+MODES = {'plain': ('plain', False), 'fast': ('auto', False), 'memory_efficient': ('auto', True)}
+
+
+# What is measured against
+
+class PlainLossVariance(nn.Module):
+    """The variance term as published: a loop over images and instances."""
+
+    def forward(self, prob_maps, instances):
+        loss = prob_maps.new_zeros(())
+        for probs, ids in zip(prob_maps, instances):
+            values = [value for value in ids.unique() if value != 0]
+            total = prob_maps.new_zeros(())
+            for value in values:
+                pixels = probs[:, ids == value]
+                if pixels.shape[1] > 1:
+                    total = total + pixels.var(dim=1).sum()
+            loss = loss + total / (len(values) + 1e-8)
+        return loss / len(prob_maps)
+
+
+class PlainElastic(RandomElastic):
+    """The elastic deformation as published: every channel of every image is resampled on its own."""
+
+    def apply(self, images, parameters):
+        return [Image.merge(image.mode, [self.warp(band, parameters) for band in image.split()]) for image in images]
+
+    def warp(self, band, parameters):
+        image = sitk.GetImageFromArray(np.asarray(band))
+        spline = sitk.BSplineTransformInitializer(image, [self.n, self.n], 3)
+        spline.SetParameters(parameters.tolist())
+        warped = sitk.Resample(sitk.Cast(image, sitk.sitkFloat32), image, spline, sitk.sitkLinear, 0.0)
+        return Image.fromarray(sitk.GetArrayFromImage(warped).astype(np.uint8))
+
+
+def plain_varce(logits, target, weight):
+    instances = label_instances(target)
+    return weighted_cross_entropy(logits, target, weight) + PlainLossVariance()(F.softmax(logits, 1), instances)
+
+
+def varce(logits, target, weight):
+    return VarCELoss(alpha=1.0)(logits, target, weight)[0]
+
+
+# Made-up data
+
+def make_patches(batch, size=SIZE, nuclei=40, seed=0):
+    """Images (B, 3, H, W), classes (B, H, W), weights (B, H, W): dark discs of radius 4 to 9 with contours, on pink."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    images, targets = [], []
+    for _ in range(batch):
+        target = np.zeros((size, size), np.int64)
+        side = int(np.ceil(np.sqrt(nuclei)))
+        for cell in range(nuclei):
+            centre = (np.array(divmod(cell, side)) + rng.uniform(0.4, 0.6, 2)) * size / side
+            distance = np.hypot(y - centre[0], x - centre[1]) - rng.uniform(0.3, 0.4) * min(size / side, 25)
+            target[(distance > 0) & (distance < 2)] = 2
+            target[distance <= 0] = 1
+        colour = np.array([[1.2, 0.4, 0.8], [-0.8, -1.0, 0.2], [-0.2, -0.4, 0.4]])[target]
+        images.append((colour + rng.normal(0, 0.3, colour.shape)).transpose(2, 0, 1))
+        targets.append(target)
+    target = torch.from_numpy(np.stack(targets))
+    return torch.from_numpy(np.stack(images)).float(), target, 1 + 4 * (target == 2).float()
+
+
+# Measuring
+
+def take_turns(functions, repeats):
+    """Seconds of each call: {name: [seconds] * repeats}. One call of each before that does not count."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def print_table(header, rows):
+    table = [header, *rows]
+    widths = [max(len(str(row[i])) for row in table) for i in range(len(header))]
+    for row in table:
+        print('  '.join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
+                        for i, (cell, width) in enumerate(zip(row, widths))))
+    print()
+
+
+def print_times(seconds, unit, count):
+    """Median and minimum of each row, and its speed relative to 'plain'."""
+    plain = seconds['plain']
+    print_table(('', 'median ms', 'min ms', f'{unit}/s (median)', 'x plain (median)', 'x plain (min)'),
+                [(name, f'{statistics.median(s) * 1e3:.1f}', f'{min(s) * 1e3:.1f}',
+                  f'{count / statistics.median(s):.2f}',
+                  f'{statistics.median(plain) / statistics.median(s):.2f}', f'{min(plain) / min(s):.2f}')
+                 for name, s in seconds.items()])
+
+
+def gflop_per_patch(net):
+    """Multiplications and additions of one training step (forward, and twice that backward) for one patch, in 1e9."""
+    weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d))
+    return 3 * 2 * weights * SIZE * SIZE / 1e9
+
+
+def make_step(mode, batch):
+    """A function that does one training step of the default network."""
+    torch.manual_seed(0)
+    net = FullNet(3, 3).set_mode(*MODES[mode])
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    image, target, weight = make_patches(batch)
+    loss = plain_varce if mode == 'plain' else varce
+
+    def step():
+        optimizer.zero_grad()
+        loss(net(image), target, weight).backward()
+        optimizer.step()
+    return step
+
+
+def gradients(mode, batch, size, dtype):
+    torch.manual_seed(0)
+    net = FullNet(3, 3, drop_rate=0).to(dtype).set_mode(mode)
+    image, target, weight = make_patches(batch, size, nuclei=40 * size ** 2 // SIZE ** 2)
+    varce(net(image.to(dtype)), target, weight.to(dtype)).backward()
+    return [p.grad.double() for p in net.parameters()]
+
+
+def difference(first, second):
+    """Relative difference of all gradients together, and of the parameter where it is largest."""
+    norm = [(a - b).norm() / b.norm() for a, b in zip(first, second)]
+    a, b = (torch.cat([g.flatten() for g in grads]) for grads in (first, second))
+    return f'{(a - b).norm() / b.norm():.1e}', f'{max(norm):.1e}'
+
+
+# The benchmarks
+
+def benchmark_step(args):
+    a = torch.randn(2048, 2048)
+    functions = {mode: make_step(mode, args.batch) for mode in MODES}
+    functions['matrix product'] = lambda: a @ a
+    seconds = take_turns(functions, args.repeats)
+    peak = 2 * 2048 ** 3 / 1e9 / min(seconds.pop('matrix product'))
+    print(f'Training step: default FullNet, batch {args.batch} of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
+    print_times(seconds, 'patches', args.batch)
+    work = gflop_per_patch(FullNet(3, 3)) * args.batch
+    print(f'{work / args.batch:.0f} GFLOP per patch; a product of 2048 x 2048 matrices reaches {peak:.0f} GFLOP/s')
+    print_table(('', 'GFLOP/s', 'of the matrix product'),
+                [(name, f'{work / min(s):.0f}', f'{work / min(s) / peak:.0%}') for name, s in seconds.items()])
+
+
+def benchmark_gradients(args):
+    print('Gradients, without dropout: relative difference of all parameters together, and of the worst parameter')
+    plain, fast = (gradients(mode, args.batch, SIZE, torch.float32) for mode in ('plain', 'fast'))
+    small = {(mode, dtype): gradients(mode, 2, 64, dtype) for mode in ('plain', 'fast')
+             for dtype in (torch.float32, torch.float64)}
+    exact = small['plain', torch.float64]
+    print_table(('', 'all', 'worst'), [
+        (f'fast and plain, {SIZE} x {SIZE}', *difference(fast, plain)),
+        ('fast and plain, 64 x 64, float64', *difference(small['fast', torch.float64], exact)),
+        ('fast, 64 x 64, to plain in float64', *difference(small['fast', torch.float32], exact)),
+        ('plain, 64 x 64, to plain in float64', *difference(small['plain', torch.float32], exact))])
+
+
+def peak_gigabytes(mode, batch):
+    """Peak memory of a process that does one training step."""
+    command = [sys.executable, __file__, 'one_step', '--mode', mode, '--batch', str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
+def benchmark_memory(args):
+    batch = args.batch if args.batch_given else 8
+    peaks = {mode: peak_gigabytes(mode, batch) for mode in MODES}
+    print(f'Peak memory of a training step, batch {batch} of {SIZE} x {SIZE}')
+    print_table(('', 'GB', 'of plain'),
+                [(mode, f'{peak:.2f}' if peak else 'failed (out of memory?)',
+                  f'{peak / peaks["plain"]:.0%}' if peak and peaks['plain'] else '') for mode, peak in peaks.items()])
+
+
+def benchmark_profile(args):
+    """Where the time of our step goes, on one thread: there the profiler sees everything."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    step = make_step('fast', 1)
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    torch.set_num_threads(threads)
+    groups = {'matrix products': ('aten::mm', 'aten::addmm'), 'first and last convolution': ('convolution',),
+              'copies, shifted or masked': ('aten::copy_', 'aten::fill_'), 'random numbers': ('random_',),
+              'batch norm': ('mean', 'sum', 'norm', 'batch_norm'), 'LeakyReLU': ('leaky_relu',),
+              'additions, multiplications': ('aten::add', 'aten::mul', 'aten::sub', 'aten::ge'),
+              'optimizer': ('Adam', '_foreach')}
+    totals = dict.fromkeys([*groups, 'Python, views and other'], 0)
+    for event in profiler.key_averages():
+        names = [group for group, keys in groups.items() if any(key in event.key for key in keys)]
+        totals[names[0] if names else 'Python, views and other'] += event.self_cpu_time_total
+    total = sum(totals.values())
+    print(f'One training step of one patch on one thread, {total / 1e6:.2f} s with the profiler')
+    print_table(('', 'ms', 'share'), [(group, f'{t / 1e3:.0f}', f'{t / total:.1%}')
+                                      for group, t in sorted(totals.items(), key=lambda item: -item[1])])
+
+
+def benchmark_loss(args):
+    image, target, weight = make_patches(8)
+    logits = torch.randn(8, 3, SIZE, SIZE, requires_grad=True)
+    instances = label_instances(target)
+    print(f'Loss with gradient, 8 patches of {SIZE} x {SIZE} with {int(instances.amax((1, 2)).float().mean())} nuclei')
+    for name, plain, ours in (
+            ('variance term', lambda: PlainLossVariance()(logits.softmax(1), instances).backward(),
+             lambda: LossVariance()(logits.softmax(1), instances).backward()),
+            ('varCE', lambda: plain_varce(logits, target, weight).backward(),
+             lambda: varce(logits, target, weight).backward())):
+        print(name)
+        print_times(take_turns({'plain': plain, 'ours': ours}, 3 * args.repeats), 'patches', 8)
+
+
+def benchmark_loader(args):
+    torch.set_num_threads(1)        # as in a worker of the data loader
+    rng = np.random.default_rng(0)
+    image, label = (Image.fromarray(rng.integers(0, 255, (250, 250, 3), dtype=np.uint8)) for _ in range(2))
+    weight = Image.fromarray(rng.integers(0, 255, (250, 250), dtype=np.uint8))
+    ours = get_transforms({
+        'scale': 250, 'random_resize': [0.8, 1.25], 'horizontal_flip': True, 'vertical_flip': True,
+        'random_affine': 0.3, 'random_elastic': [6, 15], 'random_rotation': 90, 'random_crop': SIZE,
+        'label_encoding': 1, 'to_tensor': 1, 'normalize': np.array([[0.7, 0.5, 0.7], [0.2, 0.2, 0.2]])})
+    plain = copy.deepcopy(ours)
+    plain.transforms = [PlainElastic(t.n, t.sigma) if isinstance(t, RandomElastic) else t for t in plain.transforms]
+    generator = {name: np.random.default_rng(0) for name in ('plain', 'ours')}
+    print('All eleven transforms on a patch of 250 x 250, one process')
+    functions = {'plain': lambda: plain([image, weight, label], generator['plain']),
+                 'ours': lambda: ours([image, weight, label], generator['ours'])}
+    print_times(take_turns(functions, 10 * args.repeats), 'patches', 1)
+    torch.set_num_threads(args.threads)
+
+
+def one_step(args):
+    make_step(args.mode, args.batch)()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)       # kibibytes on Linux
+
+
+def main():
+    benchmarks = {'step': (benchmark_step, benchmark_gradients), 'memory': (benchmark_memory,),
+                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, 'all', 'one_step'])
+    parser.add_argument('--batch', type=int, help='patches per step; by default 2, and 8 for memory')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--mode', choices=MODES, default='fast', help='for one_step, which memory calls')
+    args = parser.parse_args()
+    args.batch_given = args.batch is not None
+    args.batch = args.batch or 2
+    torch.set_num_threads(args.threads)
+    if args.what == 'one_step':
+        return one_step(args)
+    for name, functions in benchmarks.items():
+        if args.what in (name, 'all'):
+            for function in functions:
+                function(args)
+
+
+if __name__ == '__main__':
+    main()
