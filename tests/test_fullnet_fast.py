@@ -1,0 +1,297 @@
+"""The fast path of FullNet on the CPU against the plain modules."""
+import copy
+import gc
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+import FullNet as fullnet_module
+from FullNet import FCN_pooling, FullNet, dropout_mask, keep_threshold, run_fast, split_rows
+
+GOLDEN = Path(__file__).parent / 'golden'
+# dilations 1, 2, 3, 2, then 13, 15, 17, 19
+TINY = dict(n_layers=4, growth_rate=3, drop_rate=0.0, dilations=(2, 16))
+
+
+def make_network(network=FullNet, dtype=torch.float64, **options):
+    """A network whose batch norms are not at their initial values."""
+    torch.manual_seed(0)
+    model = network(3, 3, **{**TINY, **options}).to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def train_step(model, x, mode, memory_efficient=False, seed=0):
+    """One forward and backward pass of a copy: output, gradients by name (and of the input), buffers by name."""
+    model = copy.deepcopy(model).set_mode(mode, memory_efficient)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    output = model(x)
+    (output ** 2).mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return output.detach(), {**gradients, 'input': x.grad}, dict(model.named_buffers())
+
+
+def assert_close(actual, expected, tolerance):
+    for name in expected:
+        if expected[name] is None:
+            assert actual[name] is None, name
+        else:
+            scale = expected[name].abs().max().clamp(min=1e-12)
+            assert ((actual[name] - expected[name]).abs().max() <= tolerance * scale), name
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param         # the fast path puts it back
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Bands and strips so small that even tiny images have many."""
+    monkeypatch.setattr(fullnet_module, 'BAND_PIXELS', 100)
+    monkeypatch.setattr(fullnet_module, 'STRIP_PIXELS', 40)
+
+
+# The same numbers as the plain path
+
+@pytest.mark.parametrize('shape', [(2, 3, 24, 40), (1, 3, 1, 7), (3, 3, 7, 1), (1, 3, 13, 13), (2, 3, 33, 17)])
+def test_training_equals_plain(shape, threads, small_pieces):
+    model, x = make_network(), torch.randn(shape, dtype=torch.float64)
+    for fast, plain in zip(train_step(model, x, 'fast')[1:], train_step(model, x, 'plain')[1:]):
+        assert_close(fast, plain, 1e-9)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 24, 40), (1, 3, 1, 1), (3, 3, 7, 50)])
+def test_evaluation_equals_plain(shape, threads, small_pieces):
+    model, x = make_network().eval(), torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(model.set_mode('fast')(x), model.set_mode('plain')(x), rtol=0, atol=1e-11)
+    for fast, plain in zip(train_step(model, x, 'fast')[1:], train_step(model, x, 'plain')[1:]):
+        assert_close(fast, plain, 1e-9)
+
+
+def test_float32_equals_plain():
+    model, x = make_network(dtype=torch.float32), torch.randn(2, 3, 60, 52)
+    fast, plain = train_step(model, x, 'fast'), train_step(model, x, 'plain')
+    assert_close({'output': fast[0]}, {'output': plain[0]}, 1e-4)
+    assert_close(fast[2], plain[2], 1e-5)
+    # where an input of LeakyReLU is 0 up to rounding its gradient may come out either way
+    assert_close(fast[1], plain[1], 2e-2)
+
+
+@pytest.mark.parametrize('name', ['basic4', 'basic6'])
+def test_golden_numbers(name):
+    golden = np.load(GOLDEN / f'model_{name}.npz')
+    model = FullNet(3, 3, **json.loads(str(golden['config']))).set_mode('fast')
+    model.load_state_dict({k[3:]: torch.from_numpy(golden[k]) for k in golden if k.startswith('sd/')})
+    for mode, key in ((model.eval, 'eval_output'), (model.train, 'train_output')):
+        mode()
+        output = model(torch.from_numpy(golden['input'])).detach().numpy()
+        assert np.abs(output - golden[key]).max() < 1e-4 * np.abs(golden[key]).max()
+
+
+def test_fcn_pooling_equals_plain():
+    model = make_network(FCN_pooling, dilations=(1, 2, 4, 8, 16, 4, 1))
+    x = torch.randn(2, 3, 40, 33, dtype=torch.float64)
+    for fast, plain in zip(train_step(model, x, 'fast')[1:], train_step(model, x, 'plain')[1:]):
+        assert_close(fast, plain, 1e-8)
+
+
+def test_frozen_parameters_and_batch_norms():
+    model = make_network()
+    model.conv1.requires_grad_(False)
+    model.blocks.block1.denselayer2.requires_grad_(False)
+    model.blocks.block2.denselayer1.conv.bn.eval()
+    x = torch.randn(2, 3, 20, 20, dtype=torch.float64)
+    for fast, plain in zip(train_step(model, x, 'fast')[1:], train_step(model, x, 'plain')[1:]):
+        assert_close(fast, plain, 1e-9)
+
+
+def test_channels_last_input():
+    model, x = make_network(), torch.randn(2, 3, 20, 24, dtype=torch.float64)
+    assert torch.allclose(train_step(model, x.contiguous(memory_format=torch.channels_last), 'fast')[0],
+                          train_step(model, x, 'fast')[0])
+
+
+@pytest.mark.parametrize('memory_efficient', [False, True])
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('drop_rate', [0.0, 0.3])
+def test_gradcheck(drop_rate, training, memory_efficient, small_pieces):
+    model = make_network(n_layers=4, growth_rate=2, drop_rate=drop_rate, dilations=(4,)).train(training)
+    block, transition = model.blocks.block1, model.blocks.trans1
+    parameters = [*block.parameters(), *transition.parameters()]
+
+    def stage(x, *_):
+        torch.manual_seed(0)
+        return run_fast(block, transition, x, memory_efficient)
+    x = torch.randn(2, 24, 4, 5, dtype=torch.float64, requires_grad=True)
+    # fast_mode: the gradient along random directions, not one entry at a time
+    assert gradcheck(stage, (x, *parameters), fast_mode=True)
+
+
+# Dropout and memory_efficient
+
+def test_memory_efficient_is_bit_for_bit_the_same(threads):
+    model, x = make_network(dtype=torch.float32, drop_rate=0.2), torch.randn(3, 3, 40, 37)
+    fast, lean = train_step(model, x, 'fast'), train_step(model, x, 'fast', memory_efficient=True)
+    assert torch.equal(fast[0], lean[0])
+    for first, second in zip(fast[1:], lean[1:]):
+        assert_close(second, first, 0)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    model, x = make_network(dtype=torch.float32, drop_rate=0.2), torch.randn(2, 3, 100, 120)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            features = model.set_mode('plain').conv1(torch.manual_seed(1) and x)
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        stage_input = torch.zeros(2, 24, 100, 120).copy_(results[0][0] if results else features).requires_grad_()
+        output = run_fast(copy.deepcopy(model.blocks.block1), model.blocks.trans1, stage_input)
+        output.square().sum().backward()
+        results.append((stage_input.detach(), output.detach(), stage_input.grad))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[1], results[0][1]) and torch.equal(result[2], results[0][2])
+
+
+@pytest.mark.parametrize('drop_rate', [0.0, 0.1, 0.5, 0.999])
+def test_dropout_mask_drops_the_right_share(drop_rate):
+    torch.manual_seed(0)
+    mask = dropout_mask((1, 7, 333, 501), drop_rate)
+    if drop_rate == 0:
+        assert mask is None
+    else:
+        keep = keep_threshold(drop_rate)[1]
+        assert keep == pytest.approx(1 - drop_rate, abs=1e-5)
+        assert mask.double().mean().item() == pytest.approx(keep, abs=5 * (keep * (1 - keep) / mask.numel()) ** 0.5)
+        # neighbours, which share a random number, are independent
+        pairs = (mask.flatten()[:-1] & mask.flatten()[1:]).double().mean().item()
+        assert pairs == pytest.approx(keep ** 2, abs=2e-3)
+
+
+def test_dropout_is_unbiased_repeats_with_the_seed_and_is_off_in_evaluation():
+    model, x = make_network(drop_rate=0.4, dilations=(1,)), torch.randn(1, 3, 12, 12, dtype=torch.float64)
+    model.eval().set_mode('fast')
+    expected = model(x)
+    assert torch.equal(expected, model(x))
+    for layer in model.blocks.block1.children():
+        layer.training = True                   # dropout alone: batch norm stays in evaluation
+    last = model.blocks.block1.denselayer4      # linear from its dropout on, but for the transition's LeakyReLU
+    model.blocks.trans1.relu.negative_slope = 1.0
+    for layer in model.blocks.block1.children():
+        layer.training = layer is last
+    model.blocks.block1.denselayer4.conv.eval()
+    last.training = True
+    with torch.no_grad():
+        torch.manual_seed(3)
+        first = model(x)
+        torch.manual_seed(3)
+        assert torch.equal(first, model(x)) and not torch.equal(first, model(x))
+        mean = torch.stack([model(x) for _ in range(600)]).mean(0)
+        for layer in model.blocks.block1.children():
+            layer.training = False
+        expected = model(x)
+    assert (mean - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+# Everything around it
+
+def test_auto_takes_the_fast_path_only_where_it_can(monkeypatch):
+    used = []
+    monkeypatch.setattr(fullnet_module, 'run_fast', lambda *args: used.append(True) or run_fast(*args))
+
+    def is_fast(model, x):
+        used.clear()
+        model.eval()(x)
+        return bool(used)
+    large, small = torch.randn(1, 3, 80, 80), torch.randn(1, 3, 20, 20)
+    model = make_network(dtype=torch.float32)
+    assert is_fast(model, large) and not is_fast(model, small)
+    assert not is_fast(model.set_mode('plain'), large)
+    assert is_fast(model.set_mode('fast'), small)
+    assert not is_fast(make_network(), large.double())
+    assert not is_fast(make_network(dtype=torch.float32, layer_type='bottleneck'), large)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not is_fast(make_network(dtype=torch.float32), large)
+    assert not is_fast(nn.SyncBatchNorm.convert_sync_batchnorm(make_network(dtype=torch.float32)), large)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="mode is 'quick'; expected one of auto, plain, fast"):
+        make_network().set_mode('quick')
+    with pytest.raises(ValueError, match="not possible: it needs layer_type 'basic'"):
+        make_network(layer_type='bottleneck').set_mode('fast')(torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        make_network(dtype=torch.float32).conv1(torch.randn(1, 3, 1, 1))
+    model = make_network()
+    model.conv1.eval()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model.set_mode('fast')(torch.randn(1, 3, 1, 1, dtype=torch.float64))
+
+
+def test_state_dict_copy_and_save_do_not_see_the_mode(tmp_path):
+    model = make_network(dtype=torch.float32)
+    assert model.set_mode('fast', True).state_dict().keys() == make_network().set_mode('plain').state_dict().keys()
+    torch.save(model, tmp_path / 'model.pt')
+    loaded = torch.load(tmp_path / 'model.pt', weights_only=False)
+    x = torch.randn(1, 3, 20, 20)
+    assert torch.equal(loaded.eval()(x), copy.deepcopy(model).eval()(x))
+
+
+def test_inference_mode_equals_no_grad():
+    model, x = make_network(dtype=torch.float32).set_mode('fast').eval(), torch.randn(2, 3, 20, 20)
+    with torch.inference_mode():
+        output = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), output)
+
+
+def test_gradients_twice_through_one_graph():
+    model = make_network().set_mode('fast')
+    loss = model(torch.randn(2, 3, 12, 12, dtype=torch.float64)).square().mean()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, list(model.parameters()))):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('memory_efficient', [False, True])
+def test_nothing_is_left_behind_after_a_step(memory_efficient):
+    model, x = make_network(dtype=torch.float32).set_mode('fast', memory_efficient), torch.randn(2, 3, 20, 20)
+
+    def tensors():
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    gc.disable()                # what only the garbage collector would free counts as left behind
+    try:
+        counts = []
+        for _ in range(4):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            counts.append(tensors())
+    finally:
+        gc.enable()
+    assert counts[-1] == counts[1]
+
+
+def test_rows_are_cut_without_gap_or_overlap():
+    for height, width, pixels in ((1, 1, 100), (208, 208, 5400), (7, 3, 1), (10, 1000, 100), (33, 17, 40)):
+        pieces = split_rows(slice(5, 5 + height), width, pixels)
+        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(5, 5 + height))
