@@ -2,4 +2,7 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)        # the networks here are tiny: threads would only wait for each other

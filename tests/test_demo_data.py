@@ -141,11 +141,12 @@ def test_otsu_script_prints_each_image_and_the_mean(demo, capsys):
     otsu_baseline.main(['--img-dir', str(demo / 'normalized'), '--label-dir', str(demo / 'labels_instance')])
     lines = [line.split('\t') for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ['name', 'AJI', 'Dice', 'F1']
-    assert len(lines) == 12 and lines[1][0] == 'demo_test_01' and lines[-1][0] == 'mean'
+    assert len(lines) == 12 and lines[1][0] == 'demo_test_01' and lines[-1][0] == 'Average'
     values = np.array([line[1:] for line in lines[1:]], float)
     np.testing.assert_allclose(values[-1], values[:-1].mean(axis=0), atol=1e-4)
 
 
 def test_otsu_script_names_missing_labels(demo, tmp_path):
-    with pytest.raises(InputError, match='10 labels are missing'):
+    (tmp_path / 'other.png').write_bytes((demo / 'labels_instance' / 'demo_val_01_label.png').read_bytes())
+    with pytest.raises(InputError, match='10 instance labels of images missing in .*: demo_test_01.png'):
         otsu_baseline.main(['--img-dir', str(demo / 'normalized'), '--label-dir', str(tmp_path)])

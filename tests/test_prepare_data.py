@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -426,6 +427,22 @@ def test_masks_are_taken_when_told(fullnet_files, tmp_path):
     prepare_nuclei(fullnet_files, tmp_path / 'out', '--binary-labels', 'True')
     components = ndimage.label(mask, np.ones((3, 3)))[0]
     assert np.array_equal(pixels(tmp_path / 'out/labels_instance/train/Breast_A_label.png'), components)
+
+
+def test_16_bit_images_are_scaled_when_told(fullnet_files, tmp_path):
+    prepare_nuclei(fullnet_files, tmp_path / 'usual')
+    path = fullnet_files / 'normalized/Breast_A.png'
+    tifffile.imwrite(path.with_suffix('.tif'), pixels(path).astype(np.uint16) * 16, photometric='rgb')
+    path.unlink()
+    with pytest.raises(InputError, match='Breast_A.tif has 16 bits per channel'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+    prepare_nuclei(fullnet_files, tmp_path / 'out', '--scale-16bit', '0', '4080')
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'usual')
+
+
+def test_large_images_are_refused_when_told(fullnet_files, tmp_path):
+    with pytest.raises(InputError, match='more than max_megapixels = 0.1'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out', '--max-megapixels', '0.1')
 
 
 def test_an_unfinished_preparation_has_no_mean_std(fullnet_files, tmp_path):
