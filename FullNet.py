@@ -252,9 +252,9 @@ class FastStage(torch.autograd.Function):
     - All features of the block are the rows of one matrix X (C + n * g, N). Layer k reads the first c_k rows and
       writes the next g, so nothing is ever concatenated.
     - The 3x3 convolution of an output row y is three matrix products and two shifted additions. V_i (3 * g, c_k) holds
-      the weights of the taps (i, -1), (i, 0), (i, 1), i in -1, 0, 1:
-          Y(y) = sum over i of V_i X[:c_k, row y + i * dilation]         (3 * g, W): Y_-1, Y_0, Y_1
-          out(y, x) = Y_-1(y, x - dilation) + Y_0(y, x) + Y_1(y, x + dilation)
+      the weights of the taps (i, -1), (i, 0), (i, 1), for i = -1, 0, 1:
+          Y(y) = sum over i of V_i X[:c_k, row y + i * dilation]        (3 * g, W), as three parts Y_-1, Y_0, Y_1
+          out(y, x) = sum over j of Y_j(y, x + j * dilation)
     - Backward, G9 (9 * g, N) holds nine shifted copies of the gradient of `out`, W9 (9 * g, c_k) the weights, and
           dX[:c_k] += W9^T G9        dW9 += G9 X[:c_k]^T
       The first product adds to dX in place, so the gradients of features used by many layers need no extra additions.
@@ -274,7 +274,7 @@ class FastStage(torch.autograd.Function):
         growth_rate, channels = len(weights[0]), x.shape[1]
         activations, masks, moments = [], [], []
         with Workers() as workers:
-            features = new_features(x, weights[-1].shape[1], workers)
+            features = copy_channels(x, weights[-1].shape[1], workers)
             for spec, weight, gamma, beta in zip(specs[:-1], weights, gammas, betas):
                 mask = workers.submit(dropout_mask, (len(x), growth_rate, *x.shape[2:]), spec.drop_rate)
                 activation, mean, var = conv3x3(features[:, :channels], weight, spec, workers)
@@ -307,7 +307,7 @@ class FastStage(torch.autograd.Function):
         grads = [None] * (3 * n + 3)
         with Workers() as workers:
             if ctx.memory_efficient:
-                features = new_features(next(saved), weights[-1].shape[1], workers)
+                features = copy_channels(next(saved), weights[-1].shape[1], workers)
                 rows = features[:, in_channels:].split(growth_rate, dim=1)
                 for k in range(n):
                     normalise(activations[k], *moments[k], gammas[k], betas[k], specs[k], masks[k], rows[k], workers)
@@ -326,7 +326,7 @@ class FastStage(torch.autograd.Function):
                     specs[k], masks[k], specs[k].dilation, workers)
                 grads[3 * k] = conv3x3_backward(features[:, :channels], weights[k], specs[k].dilation, grad,
                                                 grad_features[:, :channels], workers)
-            grad_x = grad_features[:, :in_channels].contiguous()
+            grad_x = copy_channels(grad_features[:, :in_channels], in_channels, workers)
         return (grad_x, None, None, None, *grads)
 
 
@@ -377,14 +377,15 @@ class Workers:
             return function(*args)
 
     def for_bands(self, function, shape):
-        """function(b, rows) for all bands of rows of a batch of this shape (B, C, H, W); returns the list of results."""
+        """function(b, rows) for all bands of rows of a batch of this shape (B, C, H, W); the list of its results."""
         batch, _, height, width = shape
         pending = [self.submit(function, b, rows) for b in range(batch)
                    for rows in split_rows(slice(0, height), width, BAND_PIXELS)]
         return [result() for result in pending]
 
 
-os.register_at_fork(after_in_child=Workers.pools.clear)      # a forked process has none of the threads
+if hasattr(os, 'register_at_fork'):         # not on Windows
+    os.register_at_fork(after_in_child=Workers.pools.clear)     # a forked process has none of the threads
 
 
 def split_rows(rows, width, pixels):
@@ -395,14 +396,14 @@ def split_rows(rows, width, pixels):
     return [slice(top, bottom) for top, bottom in zip(edges, edges[1:])]
 
 
-def new_features(x, channels, workers):
-    """(B, C, H, W) -> (B, channels, H, W) that starts with x; the other channels are not initialised."""
-    features = x.new_empty(len(x), channels, *x.shape[2:])
+def copy_channels(x, channels, workers):
+    """(B, C, H, W) -> (B, channels, H, W) that starts with a copy of x; further channels are not initialised."""
+    result = x.new_empty(len(x), channels, *x.shape[2:])
 
     def copy(b, rows):
-        features[b, :x.shape[1], rows] = x[b, :, rows]
+        result[b, :x.shape[1], rows] = x[b, :, rows]
     workers.for_bands(copy, x.shape)
-    return features
+    return result
 
 
 def conv3x3(features, weight, spec, workers):
@@ -500,7 +501,7 @@ def moments(band, spec):
 
 
 def batch_moments(bands, spec):
-    """Mean and biased variance of each channel from those of all bands; updates the running ones. Or the running ones."""
+    """Mean and biased variance (g,) of a batch from its bands, which update the running ones; or the running ones."""
     bn = spec.bn
     if not spec.batch_statistics:
         return bn.running_mean, bn.running_var
@@ -508,7 +509,7 @@ def batch_moments(bands, spec):
     counts, means, squares = means[0].new_tensor(counts)[:, None], torch.stack(means), torch.stack(squares)
     count = counts.sum()
     if count == 1:
-        raise ValueError('Expected more than 1 value per channel when training')
+        raise ValueError('Expected more than 1 value per channel when training, found a batch of one pixel')
     mean = (counts * means).sum(0) / count
     squares = (squares + counts * (means - mean) ** 2).sum(0)
     bn.num_batches_tracked += 1
@@ -558,7 +559,8 @@ def normalise_backward(grad, activation, mean, var, gamma, spec, mask, padding, 
     keep = keep_threshold(spec.drop_rate)[1]
     invstd = (var + spec.bn.eps).rsqrt()
     mean, invstd = mean[:, None, None], invstd[:, None, None]
-    out = activation.new_zeros(batch, channels, height + 2 * padding, width + 2 * padding)
+    out = activation.new_empty(batch, channels, height + 2 * padding, width + 2 * padding)
+    workers.for_bands(lambda b, rows: out[b, :, rows].zero_(), out.shape)
     inner = out[..., padding:padding + height, padding:padding + width]
 
     def drop_and_sum(b, rows):
