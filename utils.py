@@ -675,6 +675,7 @@ def _largest_iou_sum_pairs(table):
     none = np.arange(len(gt_ids))
     weights = np.concatenate([1 + table.iou, np.ones(len(gt_ids))])
     places = np.concatenate([rows, none]), np.concatenate([columns, len(pred_ids) + none])
+    places = [index.astype(np.int32) for index in places]          # the type that older SciPy asks for
     graph = sparse.csr_array((weights, places), shape=(len(gt_ids), len(pred_ids) + len(gt_ids)))
     partner = min_weight_full_bipartite_matching(graph, maximize=True)[1]
     return np.flatnonzero(partner[rows] == columns)

@@ -252,6 +252,7 @@ def test_patch_positions_golden(golden):
     assert np.array_equal(patch_positions(1000, 1000), golden['patch_positions'])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 60))
 def test_patches_cover_every_pixel(h, w, size):
     if min(h, w) < size:
