@@ -90,7 +90,7 @@ class Stages(nn.Sequential):
 
     mode: 'plain' runs the modules as they are written above. 'fast' runs each pair of dense block and transition
     through FastStage below: CPU and 'basic' layers only, same results, and hooks on the modules inside are not called.
-    'auto' is fast where that is possible in float32 and worth it (MIN_PIXELS), plain elsewhere.
+    'auto' is fast where that is possible in float32 and worth it (MIN_PIXELS, MIN_GROWTH_RATE), plain elsewhere.
     memory_efficient: recompute the features instead of keeping them for the backward pass.
     """
 
@@ -101,8 +101,9 @@ class Stages(nn.Sequential):
         obstacle = None if self.mode == 'plain' else self.obstacle_to_fast(x)
         if self.mode == 'fast' and obstacle:
             raise ValueError(f"mode 'fast' is not possible: {obstacle}; use 'auto' or 'plain'")
-        small = x.shape[-2] * x.shape[-1] < MIN_PIXELS or x.dtype != torch.float32
-        if self.mode == 'plain' or obstacle or (self.mode == 'auto' and small):
+        if self.mode == 'plain' or obstacle or (self.mode == 'auto' and not self.is_worth_it(x)):
+            if self.mode == 'auto' and x.device.type == 'cpu' and is_large(x):
+                x = x.contiguous(memory_format=torch.channels_last)      # the layout the CPU's convolutions like best
             return super().forward(x)
         for module in self.children():
             if isinstance(module, DenseBlock):
@@ -112,6 +113,11 @@ class Stages(nn.Sequential):
             else:
                 x = module(x)
         return x
+
+    def is_worth_it(self, x):
+        """Whether FastStage is likely no slower than the modules with channels last, or must save memory."""
+        growth_rate = len(self.block1.denselayer1.conv.conv.weight)
+        return is_large(x) and x.dtype == torch.float32 and (growth_rate >= MIN_GROWTH_RATE or self.memory_efficient)
 
     def obstacle_to_fast(self, x):
         """Why FastStage cannot run this input, or None."""
@@ -224,9 +230,14 @@ def create_model(name='FullNet', in_c=3, out_c=3, **options):
 # The fast path on the CPU
 
 MIN_PIXELS = 80 * 80    # mode 'auto' leaves smaller images to the modules: little to gain
+MIN_GROWTH_RATE = 16    # and narrower networks: their matrix products are too small
 BAND_PIXELS = 5400      # an image is cut into bands of whole rows, the pieces of work that threads take
 STRIP_PIXELS = 2704     # a band is worked on in strips: few enough pixels for all intermediate results to stay in cache
 LayerSpec = namedtuple('LayerSpec', 'bn batch_statistics slope dilation drop_rate')
+
+
+def is_large(x):
+    return x.shape[-2] * x.shape[-1] >= MIN_PIXELS
 
 
 def run_fast(block, transition, x, memory_efficient=False):

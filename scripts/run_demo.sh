@@ -1,9 +1,9 @@
 #!/bin/sh
 # The whole method on a small built-in data set, from nothing but Python: set up .venv, make images, prepare, train a
-# reduced FullNet, test, test again without labels, compare with Otsu's threshold. About 7 minutes on 2 CPU cores.
+# reduced FullNet, test, test again without labels, compare with Otsu's threshold. About 5 minutes on 2 CPU cores.
 # `--short` runs the same commands on less data and for one epoch, to see that they work; its scores mean nothing.
 . "$(dirname "$0")/setup.sh"
-out=demo images='' epochs=40
+out=demo images='' epochs=20
 case "${1:-}" in
     '') ;;
     --short) out=demo/short images='--train 1 --val 1 --test 1 --size 256' epochs=1 ;;

@@ -230,15 +230,24 @@ def test_auto_takes_the_fast_path_only_where_it_can(monkeypatch):
         model.eval()(x)
         return bool(used)
     large, small = torch.randn(1, 3, 80, 80), torch.randn(1, 3, 20, 20)
-    model = make_network(dtype=torch.float32)
+    wide = dict(dtype=torch.float32, growth_rate=16)
+    model = make_network(**wide)
     assert is_fast(model, large) and not is_fast(model, small)
+    assert not is_fast(make_network(dtype=torch.float32), large)
+    assert is_fast(make_network(dtype=torch.float32).set_mode('auto', memory_efficient=True), large)
     assert not is_fast(model.set_mode('plain'), large)
     assert is_fast(model.set_mode('fast'), small)
-    assert not is_fast(make_network(), large.double())
-    assert not is_fast(make_network(dtype=torch.float32, layer_type='bottleneck'), large)
+    assert not is_fast(make_network(growth_rate=16), large.double())
+    assert not is_fast(make_network(**wide, layer_type='bottleneck'), large)
     with torch.autocast('cpu', torch.bfloat16):
-        assert not is_fast(make_network(dtype=torch.float32), large)
-    assert not is_fast(nn.SyncBatchNorm.convert_sync_batchnorm(make_network(dtype=torch.float32)), large)
+        assert not is_fast(make_network(**wide), large)
+    assert not is_fast(nn.SyncBatchNorm.convert_sync_batchnorm(make_network(**wide)), large)
+
+
+def test_auto_with_channels_last_equals_plain():
+    model, x = make_network(dtype=torch.float32).eval(), torch.randn(2, 3, 90, 80)
+    with torch.no_grad():
+        assert torch.allclose(model.set_mode('auto')(x), model.set_mode('plain')(x), atol=1e-4)
 
 
 def test_errors():
