@@ -146,6 +146,15 @@ def test_otsu_script_prints_each_image_and_the_mean(demo, capsys):
     np.testing.assert_allclose(values[-1], values[:-1].mean(axis=0), atol=1e-4)
 
 
+def test_hematoxylin_is_another_channel(demo):
+    image = read(demo / 'normalized' / 'demo_test_01.png')
+    red_cells = np.full((60, 60, 3), 220, np.uint8)
+    red_cells[20:30, 20:30] = (200, 60, 60)                   # dark, but no hematoxylin
+    assert otsu_baseline.otsu_label(red_cells).max() == 1
+    assert otsu_baseline.otsu_label(red_cells, channel='hematoxylin')[25, 25] == 0
+    assert (otsu_baseline.otsu_label(image, channel='hematoxylin') != otsu_baseline.otsu_label(image)).any()
+
+
 def test_otsu_script_names_missing_labels(demo, tmp_path):
     (tmp_path / 'other.png').write_bytes((demo / 'labels_instance' / 'demo_val_01_label.png').read_bytes())
     with pytest.raises(InputError, match='10 instance labels of images missing in .*: demo_test_01.png'):
