@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dataset import (LABEL_EXTENSIONS, MAX_MEGAPIXELS, decode, list_images, missing_files_message, note, open_image,
                      read_image, read_instance_label)
 from options import Options
-from utils import InputError, atomic_path, run_script, save_image
+from utils import InputError, atomic_path, run_script, save_image, save_instances
 from weight_map import encode_weight_map, label_name, weight_map
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -125,13 +125,9 @@ def save_instance_label(path, label):
         if largest > 255:
             raise InputError(f'the label for {path} holds id {largest}; a BMP has room for ids up to 255')
         save_image(path, label.astype(np.uint8))
-    elif largest <= 65535:
-        save_image(path, label.astype(np.uint16))
     else:
-        import tifffile
-        path = path.with_suffix('.tif')
-        with atomic_path(path) as temporary:
-            tifffile.imwrite(temporary, label.astype(np.uint32), compression='zlib')
+        path = path if largest <= 65535 else path.with_suffix('.tif')        # a PNG has room for no more
+        save_instances(path, label)
     return path
 
 
