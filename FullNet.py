@@ -91,11 +91,13 @@ class Stages(nn.Sequential):
     mode: 'plain' runs the modules as they are written above. 'fast' runs each pair of dense block and transition
     through FastStage below: CPU and 'basic' layers only, same results, and hooks on the modules inside are not called.
     'auto' is fast where that is possible in float32 and worth it (MIN_PIXELS, MIN_GROWTH_RATE), plain elsewhere.
-    memory_efficient: recompute the features instead of keeping them for the backward pass.
+    memory_efficient: recompute the features instead of keeping them for the backward pass. amp: FastStage's features,
+    gradients and products in bfloat16; elsewhere that is torch.autocast's business.
     """
 
     mode = 'auto'
     memory_efficient = False
+    amp = False
 
     def forward(self, x):
         obstacle = None if self.mode == 'plain' else self.obstacle_to_fast(x)
@@ -105,19 +107,21 @@ class Stages(nn.Sequential):
             if self.mode == 'auto' and x.device.type == 'cpu' and is_large(x):
                 x = x.contiguous(memory_format=torch.channels_last)      # the layout the CPU's convolutions like best
             return super().forward(x)
+        dtype = x.dtype
         for module in self.children():
             if isinstance(module, DenseBlock):
                 block = module                                # runs together with its transition, which follows
             elif isinstance(module, ConvLayer):
-                x = run_fast(block, module, x, self.memory_efficient)
+                x = run_fast(block, module, x, self.memory_efficient, torch.bfloat16 if self.amp else dtype)
             else:
                 x = module(x)
-        return x
+        return x.to(dtype)
 
     def is_worth_it(self, x):
         """Whether FastStage is likely no slower than the modules with channels last, or must save memory."""
         growth_rate = len(self.block1.denselayer1.conv.conv.weight)
-        return is_large(x) and x.dtype == torch.float32 and (growth_rate >= MIN_GROWTH_RATE or self.memory_efficient)
+        wide = growth_rate >= MIN_GROWTH_RATE or self.memory_efficient or self.amp
+        return is_large(x) and x.dtype == torch.float32 and wide
 
     def obstacle_to_fast(self, x):
         """Why FastStage cannot run this input, or None."""
@@ -180,11 +184,11 @@ class FullNet(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
 
-    def set_mode(self, mode='auto', memory_efficient=False):
+    def set_mode(self, mode='auto', memory_efficient=False, amp=False):
         """How to compute, not what: see Stages. Raises ValueError for an unknown mode. Returns self."""
         if mode not in MODES:
             raise ValueError(f"mode is '{mode}'; expected one of {', '.join(MODES)}")
-        self.blocks.mode, self.blocks.memory_efficient = mode, memory_efficient
+        self.blocks.mode, self.blocks.memory_efficient, self.blocks.amp = mode, memory_efficient, amp
         return self
 
     def forward(self, x):
@@ -242,8 +246,8 @@ def is_large(x):
     return x.shape[-2] * x.shape[-1] >= MIN_PIXELS
 
 
-def run_fast(block, transition, x, memory_efficient=False):
-    """transition(block(x)) by FastStage. x: (B, C, H, W), contiguous or not, on the CPU."""
+def run_fast(block, transition, x, memory_efficient, dtype):
+    """transition(block(x)) by FastStage, as `dtype`. x: (B, C, H, W), contiguous or not, on the CPU."""
     specs, parameters = [], []
     for layer in (*block.children(), transition):
         conv_layer, drop_rate = (transition, 0) if layer is transition else (layer.conv, layer.drop_rate)
@@ -252,9 +256,9 @@ def run_fast(block, transition, x, memory_efficient=False):
         parameters += [conv_layer.conv.weight, conv_layer.bn.weight, conv_layer.bn.bias]
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     if save or any(spec.batch_statistics or spec.drop_rate for spec in specs):
-        return FastStage.apply(x, specs, save, memory_efficient, *parameters)
+        return FastStage.apply(x, specs, save, memory_efficient, dtype, *parameters)
     # nothing couples the images of a batch: one at a time needs the memory of one
-    return torch.cat([FastStage.apply(image, specs, save, memory_efficient, *parameters) for image in x.split(1)])
+    return torch.cat([FastStage.apply(image, specs, save, memory_efficient, dtype, *parameters) for image in x.split(1)])
 
 
 class FastStage(torch.autograd.Function):
@@ -279,15 +283,17 @@ class FastStage(torch.autograd.Function):
     Kept for the backward pass: X, what comes out of each LeakyReLU (it gives the sign of its input too), and dropout's
     masks as bytes. With `memory_efficient` X and the transition are computed again from the block's input and the rest,
     which costs no 3x3 convolution.
+
+    In bfloat16 every tensor of (B, C, H, W) is kept and multiplied as such; moments and parameters stay in float32.
     """
 
     @staticmethod
-    def forward(ctx, x, specs, save, memory_efficient, *parameters):
+    def forward(ctx, x, specs, save, memory_efficient, dtype, *parameters):
         weights, gammas, betas = parameters[::3], parameters[1::3], parameters[2::3]
         growth_rate, channels = len(weights[0]), x.shape[1]
         activations, masks, moments = [], [], []
         with Workers() as workers:
-            features = copy_channels(x, weights[-1].shape[1], workers)
+            features = copy_channels(x, weights[-1].shape[1], dtype, workers)
             for spec, weight, gamma, beta in zip(specs[:-1], weights, gammas, betas):
                 mask = workers.submit(dropout_mask, (len(x), growth_rate, *x.shape[2:]), spec.drop_rate)
                 activation, mean, var = conv3x3(features[:, :channels], weight, spec, workers)
@@ -302,7 +308,7 @@ class FastStage(torch.autograd.Function):
             out = torch.empty_like(activation) if save else activation
             normalise(activation, mean, var, gammas[-1], betas[-1], specs[-1], None, out, workers)
         if save:
-            ctx.specs, ctx.memory_efficient = specs, memory_efficient
+            ctx.specs, ctx.memory_efficient, ctx.dtypes = specs, memory_efficient, (x.dtype, dtype)
             big = (x,) if memory_efficient else (features, activation)
             ctx.save_for_backward(*parameters, *moments, mean, var, *activations, *masks, *big)
         return out
@@ -320,7 +326,7 @@ class FastStage(torch.autograd.Function):
         grads = [None] * (3 * n + 3)
         with Workers() as workers:
             if ctx.memory_efficient:
-                features = copy_channels(next(saved), weights[-1].shape[1], workers)
+                features = copy_channels(next(saved), weights[-1].shape[1], ctx.dtypes[1], workers)
                 rows = features[:, in_channels:].split(growth_rate, dim=1)
                 for k in range(n):
                     normalise(activations[k], *moments[k], gammas[k], betas[k], specs[k], masks[k], rows[k], workers)
@@ -339,8 +345,8 @@ class FastStage(torch.autograd.Function):
                     specs[k], masks[k], specs[k].dilation, workers)
                 grads[3 * k] = conv3x3_backward(features[:, :channels], weights[k], specs[k].dilation, grad,
                                                 grad_features[:, :channels], workers)
-            grad_x = copy_channels(grad_features[:, :in_channels], in_channels, workers)
-        return (grad_x, None, None, None, *grads)
+            grad_x = copy_channels(grad_features[:, :in_channels], in_channels, ctx.dtypes[0], workers)
+        return (grad_x, None, None, None, None, *grads)
 
 
 class Workers:
@@ -409,9 +415,9 @@ def split_rows(rows, width, pixels):
     return [slice(top, bottom) for top, bottom in zip(edges, edges[1:])]
 
 
-def copy_channels(x, channels, workers):
+def copy_channels(x, channels, dtype, workers):
     """(B, C, H, W) -> (B, channels, H, W) that starts with a copy of x; further channels are not initialised."""
-    result = x.new_empty(len(x), channels, *x.shape[2:])
+    result = x.new_empty(len(x), channels, *x.shape[2:], dtype=dtype)
 
     def copy(b, rows):
         result[b, :x.shape[1], rows] = x[b, :, rows]
@@ -423,7 +429,7 @@ def conv3x3(features, weight, spec, workers):
     """LeakyReLU(dilated 3x3 convolution) of features (B, c, H, W): (B, g, H, W), and its batch moments."""
     batch, channels, height, width = features.shape
     growth_rate, d = len(weight), spec.dilation
-    taps = weight.permute(2, 3, 0, 1).reshape(3, 3 * growth_rate, channels)
+    taps = weight.permute(2, 3, 0, 1).reshape(3, 3 * growth_rate, channels).to(features.dtype)
     out = features.new_empty(batch, growth_rate, height, width)
 
     def convolve(b, rows):
@@ -454,12 +460,12 @@ def conv3x3_backward(features, weight, d, grad, grad_features, workers):
     grad: of the convolution's output, with d rows and columns of zeros around it, (B, g, H + 2d, W + 2d).
     """
     (channels, height, width), growth_rate = features.shape[1:], len(weight)
-    w9 = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)
+    w9 = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels).to(features.dtype)
     _, channel_stride, row_stride, _ = grad.stride()
 
     def convolve(b, rows):
         matrix, grad_matrix = features[b].flatten(1), grad_features[b].flatten(1)
-        grad_w9 = torch.zeros_like(w9)
+        grad_w9 = torch.zeros_like(w9, dtype=weight.dtype)
         strips = split_rows(rows, width, STRIP_PIXELS)
         buffer = matrix.new_empty(len(w9) * width * max(strip.stop - strip.start for strip in strips))
         for strip in strips:
@@ -469,7 +475,7 @@ def conv3x3_backward(features, weight, d, grad, grad_features, workers):
             g9 = buffer[:shifted.numel()].view(shifted.shape).copy_(shifted).view(len(w9), -1)
             pixels = slice(strip.start * width, strip.stop * width)
             grad_matrix[:, pixels].addmm_(w9.t(), g9)
-            grad_w9.addmm_(g9, matrix[:, pixels].t())
+            add_product(grad_w9, g9, matrix[:, pixels].t())
         return grad_w9
     grad_w9 = sum(workers.for_bands(convolve, features.shape))
     return grad_w9.view(3, 3, growth_rate, channels).permute(2, 3, 0, 1).flip(2, 3)
@@ -477,13 +483,13 @@ def conv3x3_backward(features, weight, d, grad, grad_features, workers):
 
 def conv1x1(features, weight, spec, workers):
     """LeakyReLU(1x1 convolution) of features (B, C, H, W): (B, out channels, H, W), and its batch moments."""
-    width = features.shape[3]
+    width, matrix = features.shape[3], weight.flatten(1).to(features.dtype)
     out = features.new_empty(len(features), len(weight), *features.shape[2:])
 
     def convolve(b, rows):
         for strip in split_rows(rows, width, STRIP_PIXELS):
             pixels = slice(strip.start * width, strip.stop * width)
-            torch.mm(weight.flatten(1), features[b].flatten(1)[:, pixels], out=out[b].flatten(1)[:, pixels])
+            torch.mm(matrix, features[b].flatten(1)[:, pixels], out=out[b].flatten(1)[:, pixels])
         F.leaky_relu_(out[b, :, rows], spec.slope)
         return moments(out[b, :, rows], spec)
     return out, *batch_moments(workers.for_bands(convolve, out.shape), spec)
@@ -493,22 +499,31 @@ def conv1x1_backward(features, weight, grad, workers):
     """Gradients of features, (B, C, H, W), and of the weight. grad: (B, out channels, H, W)."""
     width = features.shape[3]
     grad_features = torch.empty_like(features)
-    matrix = weight.flatten(1)
+    matrix = weight.flatten(1).to(features.dtype)
 
     def convolve(b, rows):
-        grad_matrix = torch.zeros_like(matrix)
+        grad_matrix = torch.zeros_like(matrix, dtype=weight.dtype)
         for strip in split_rows(rows, width, STRIP_PIXELS):
             pixels = slice(strip.start * width, strip.stop * width)
             g = grad[b].flatten(1)[:, pixels]
             torch.mm(matrix.t(), g, out=grad_features[b].flatten(1)[:, pixels])
-            grad_matrix.addmm_(g, features[b].flatten(1)[:, pixels].t())
+            add_product(grad_matrix, g, features[b].flatten(1)[:, pixels].t())
         return grad_matrix
     return grad_features, sum(workers.for_bands(convolve, features.shape)).view_as(weight)
+
+
+def add_product(total, a, b):
+    """total += a b, where total may be more precise than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def moments(band, spec):
     """Number of pixels, mean (g,) and sum of squared differences from it (g,) of a band (g, rows, W)."""
     if spec.batch_statistics:
+        band = band.to(spec.bn.weight.dtype)
         mean = band.mean((1, 2))
         return band[0].numel(), mean, torch.linalg.vector_norm(band - mean[:, None, None], dim=(1, 2)) ** 2
 
@@ -556,8 +571,7 @@ def normalise(activation, mean, var, gamma, beta, spec, mask, out, workers):
 
     def scale_and_drop(b, rows):
         result = out[b, :, rows]
-        torch.mul(activation[b, :, rows], scale, out=result)
-        result += shift
+        torch.addcmul(shift, activation[b, :, rows], scale, out=result)
         if mask is not None:
             result *= mask[b, :, rows].to(result.dtype)
     workers.for_bands(scale_and_drop, activation.shape)
@@ -582,7 +596,7 @@ def normalise_backward(grad, activation, mean, var, gamma, spec, mask, padding, 
             g.copy_(grad[b, :, rows])
         else:
             torch.mul(grad[b, :, rows], mask[b, :, rows].to(g.dtype), out=g)
-        return g.sum((1, 2)), ((activation[b, :, rows] - mean) * g).sum((1, 2))
+        return g.sum((1, 2), dtype=mean.dtype), ((activation[b, :, rows] - mean) * g).sum((1, 2))
     sums, products = map(sum, zip(*workers.for_bands(drop_and_sum, activation.shape)))
     grad_gamma, grad_beta = products * invstd.flatten() / keep, sums / keep
 

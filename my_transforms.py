@@ -8,6 +8,7 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 from scipy import ndimage
+from torch.nn import functional as F
 
 from utils import InputError, disk
 
@@ -126,20 +127,22 @@ class RandomElastic(RandomTransform):
         return parameters
 
     def apply(self, images, parameters):
-        # All channels are one vector image, so that the spline is evaluated once per pixel, not once per channel.
-        bands = [band for image in images for band in image.split()]
-        stack = sitk.GetImageFromArray(np.stack([np.asarray(band) for band in bands], axis=-1), isVector=True)
-        spline = sitk.BSplineTransformInitializer(stack, [self.n, self.n], 3)
+        # SimpleITK evaluates the spline once for all images; as a resampler it would do so for every channel.
+        width, height = images[0].size
+        grid = sitk.Image(width, height, sitk.sitkUInt8)
+        spline = sitk.BSplineTransformInitializer(grid, [self.n, self.n], 3)
         spline.SetParameters(parameters.tolist())
-        warped = sitk.Resample(sitk.Cast(stack, sitk.sitkVectorFloat32), stack, spline, sitk.sitkLinear, 0.0)
-        warped = sitk.GetArrayViewFromImage(warped).astype(np.uint8)         # (H, W, channels); truncates
-        result, channel = [], 0
-        for image in images:
-            depth = len(image.getbands())
-            pixels = warped[..., channel] if depth == 1 else warped[..., channel:channel + depth]
-            result.append(Image.fromarray(np.ascontiguousarray(pixels)))
-            channel += depth
-        return result
+        field = sitk.TransformToDisplacementField(spline, sitk.sitkVectorFloat64, grid.GetSize())
+        x, y = torch.from_numpy(sitk.GetArrayFromImage(field)).unbind(2)                     # (H, W), pixels
+        x, y = x + torch.arange(width), y + torch.arange(height)[:, None]
+        outside = (x < -0.5) | (x >= width - 0.5) | (y < -0.5) | (y >= height - 0.5)
+        points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=2).float()       # -1 ... 1
+
+        bands = torch.from_numpy(np.stack([np.asarray(band) for image in images for band in image.split()]))
+        warped = F.grid_sample(bands[None].float(), points[None], padding_mode='border', align_corners=False)[0]
+        warped += 1e-3                  # rounding must not take a whole number below itself before it is truncated
+        warped = warped.masked_fill_(outside, 0).byte().split([len(image.getbands()) for image in images])
+        return [Image.fromarray(pixels.permute(1, 2, 0).contiguous().squeeze(2).numpy()) for pixels in warped]
 
 
 class RandomRotation(RandomTransform):

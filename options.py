@@ -123,6 +123,7 @@ TRAIN = dict(
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),
     memory_efficient=Option(False, boolean, 'on the CPU, compute features again in the backward pass'),
+    amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, half the memory, coarser sums'),
     max_minutes=Option(0.0, float, 'time budget over all resumes, instead of num_epochs; 0 = none', at_least=0),
     checkpoint_minutes=Option(10.0, float, 'minutes between two savings of the latest checkpoint', at_least=0),
 )

@@ -59,11 +59,12 @@ def main(argv=None):
     model = build_model(opt.model)
     if train['init_from'] and not checkpoint:
         load_weights(model, load_checkpoint(train['init_from'])['state_dict'], opt.model, train['init_from'])
-    model.set_mode('auto', train['memory_efficient']).to(device)
+    model.set_mode('auto', train['memory_efficient'], train['amp']).to(device)
+    precision = MixedPrecision(device, train['amp'])
     optimizer = torch.optim.Adam(model.parameters(), lr=train['lr'], betas=(0.9, 0.99),
                                  weight_decay=train['weight_decay'])
     criterion = VarCELoss(train['alpha'])
-    state = TrainingState(model, optimizer, train, steps_per_epoch=len(batches))
+    state = TrainingState(model, optimizer, train, len(batches), precision.scaler)
     if checkpoint:
         state.load(checkpoint, opt)
 
@@ -79,7 +80,7 @@ def main(argv=None):
     # 5. epochs
     with StopRequest() as stop:
         while state.step < state.total_steps or state.batch > 0:
-            train_epoch(state, train_loader, criterion, train, device, run, stop)
+            train_epoch(state, train_loader, criterion, train, device, precision, run, stop)
             validated = (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps
             val = validate(state.validation_model(), val_loader, criterion, train, device, run, stop) \
                 if validated else [math.nan] * 3
@@ -95,7 +96,7 @@ def main(argv=None):
 # An epoch
 # ---------------------------------------------------------------------------------------------------
 
-def train_epoch(state, loader, criterion, train, device, run, stop):
+def train_epoch(state, loader, criterion, train, device, precision, run, stop):
     """The training half of an epoch, from the step at which the state stands."""
     state.model.train()
     several = isinstance(train['gpu'], list) and len(train['gpu']) > 1
@@ -112,7 +113,9 @@ def train_epoch(state, loader, criterion, train, device, run, stop):
         image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
 
         # 2. forward and loss
-        logits = network(image)
+        with precision.autocast():
+            logits = network(image)
+        logits = logits.float()                                  # softmax, loss and variance in float32
         loss, loss_ce, loss_var = criterion(logits, target, weight)
         if not torch.isfinite(loss):
             names = ', '.join(loader.dataset.names[key[0]] for key in batches.batch(state.epoch, state.batch))
@@ -121,12 +124,14 @@ def train_epoch(state, loader, criterion, train, device, run, stop):
 
         # 3. backward and update
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        precision.scaler.scale(loss).backward()
         if train['clip_grad']:
+            precision.scaler.unscale_(state.optimizer)
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), train['clip_grad'])
         for group in state.optimizer.param_groups:
             group['lr'] = learning_rate(state.step, state.total_steps, train, len(batches))
-        state.optimizer.step()
+        precision.scaler.step(state.optimizer)
+        precision.scaler.update()
 
         # 4. results so far
         accuracy, iou = pixel_results(logits, target)
@@ -142,6 +147,24 @@ def train_epoch(state, loader, criterion, train, device, run, stop):
         run.save_if_due()
         stop.check(run.save_and_say_how_to_go_on)
     progress.close()
+
+
+class MixedPrecision:
+    """Half precision where it is fast and enough, in the network; the loss stays in float32.
+
+    CUDA: autocast to bfloat16, or to float16 with a scaled loss where there is no bfloat16. CPU: FullNet computes its
+    dense blocks in bfloat16 (FullNet.set_mode). Raises InputError for Apple MPS.
+    """
+
+    def __init__(self, device, enabled):
+        if enabled and device.type == 'mps':
+            raise InputError('--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it out')
+        self.device, self.enabled = device, enabled and device.type == 'cuda'
+        self.dtype = torch.bfloat16 if not self.enabled or torch.cuda.is_bf16_supported() else torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.enabled)
 
 
 def validate(model, loader, criterion, train, device, run, stop):
@@ -221,8 +244,8 @@ class TrainingState:
     functions of the seed and of these numbers.
     """
 
-    def __init__(self, model, optimizer, train, steps_per_epoch):
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model, optimizer, train, steps_per_epoch, scaler):
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.average = WeightAverage(model, train['ema_decay']) if train['ema_decay'] else None
         self.steps_per_epoch = steps_per_epoch
         self.epoch, self.batch = train['start_epoch'], 0
@@ -272,6 +295,7 @@ class TrainingState:
             'optimizer': self.optimizer.state_dict(), 'batch': self.batch, 'step': self.step,
             'total_steps': self.total_steps, 'steps_planned': self.steps_planned, 'history': self.history,
             'meter': (self.meter.sum.tolist(), self.meter.count.tolist()), 'minutes': self.minutes(),
+            'loss_scale': self.scaler.state_dict(),
         }
         if self.average:
             checkpoint['raw_state_dict'] = self.model.state_dict()     # the weights that the optimizer moves
@@ -297,6 +321,8 @@ class TrainingState:
             self.total_steps = checkpoint['total_steps']
         self.meter.sum, self.meter.count = (np.array(values) for values in checkpoint['meter'])
         self.seconds_before = checkpoint['minutes'] * 60
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint['loss_scale'])
 
 
 def take_options_of_run(opt, checkpoint):

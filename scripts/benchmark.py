@@ -3,7 +3,7 @@
     python scripts/benchmark.py [step | memory | profile | loss | loader | all] [--batch 2] [--repeats 5] [--threads 2]
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
-loop over the instances in the loss, an elastic deformation for every channel. Both versions take turns in every
+loop over the instances in the loss, an elastic deformation for every channel. The versions take turns in every
 repeat, so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory
 runs each version in a process of its own, and the plain one needs over 17 GB at batch 8.
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entrop
 from my_transforms import RandomElastic, get_transforms                              # noqa: E402
 
 SIZE = 208
-MODES = {'plain': ('plain', False), 'fast': ('auto', False), 'memory_efficient': ('auto', True)}
+MODES = {'plain': dict(mode='plain'), 'plain, channels last': dict(mode='plain'), 'fast': dict(mode='fast'),
+         'fast, memory_efficient': dict(mode='fast', memory_efficient=True), 'fast, amp': dict(mode='fast', amp=True),
+         'fast, amp, memory_efficient': dict(mode='fast', memory_efficient=True, amp=True)}
 
 
 # What is measured against
@@ -137,9 +140,12 @@ def gflop_per_patch(net):
 def make_step(mode, batch):
     """A function that does one training step of the default network."""
     torch.manual_seed(0)
-    net = FullNet(3, 3).set_mode(*MODES[mode])
+    net = FullNet(3, 3).set_mode(**MODES[mode])
+    layout = torch.channels_last if 'channels last' in mode else torch.contiguous_format
+    net.to(memory_format=layout)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     image, target, weight = make_patches(batch)
+    image = image.contiguous(memory_format=layout)
     loss = plain_varce if mode == 'plain' else varce
 
     def step():
@@ -164,17 +170,20 @@ def gradients(mode, batch, size, dtype=torch.float32, slope=0.01):
 # The benchmarks
 
 def benchmark_step(args):
-    a = torch.randn(2048, 2048)
     functions = {mode: make_step(mode, args.batch) for mode in MODES}
-    functions['matrix product'] = lambda: a @ a
-    seconds = take_turns(functions, args.repeats)
-    peak = 2 * 2048 ** 3 / 1e9 / min(seconds.pop('matrix product'))
+    matrices = {'float32': torch.randn(2048, 2048), 'bfloat16': torch.randn(2048, 2048).bfloat16()}
+    products = {dtype: partial(torch.mm, a, a) for dtype, a in matrices.items()}
+    seconds = take_turns(functions | products, args.repeats)
+    peak = {dtype: 2 * 2048 ** 3 / 1e9 / min(seconds.pop(dtype)) for dtype in products}
     print(f'Training step: default FullNet, batch {args.batch} of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
     print_times(seconds, 'patches', args.batch)
     work = gflop_per_patch(FullNet(3, 3)) * args.batch
-    print(f'{work / args.batch:.0f} GFLOP per patch; a product of 2048 x 2048 matrices reaches {peak:.0f} GFLOP/s')
+    print(f'{work / args.batch:.0f} GFLOP per patch; a product of 2048 x 2048 matrices reaches '
+          + ', '.join(f'{rate:.0f} GFLOP/s in {dtype}' for dtype, rate in peak.items()))
     print_table(('', 'GFLOP/s', 'of the matrix product'),
-                [(name, f'{work / min(s):.0f}', f'{work / min(s) / peak:.0%}') for name, s in seconds.items()])
+                [(name, f'{work / min(s):.0f}',
+                  f'{work / min(s) / peak["bfloat16" if "amp" in name else "float32"]:.0%}')
+                 for name, s in seconds.items()])
 
 
 def benchmark_gradients(args):

@@ -32,9 +32,9 @@ def make_network(network=FullNet, dtype=torch.float64, **options):
     return model
 
 
-def train_step(model, x, mode, memory_efficient=False, seed=0):
+def train_step(model, x, mode, memory_efficient=False, seed=0, amp=False):
     """One forward and backward pass of a copy: output, gradients by name (and of the input), buffers by name."""
-    model = copy.deepcopy(model).set_mode(mode, memory_efficient)
+    model = copy.deepcopy(model).set_mode(mode, memory_efficient, amp)
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
     output = model(x)
@@ -153,10 +153,32 @@ def test_gradcheck(drop_rate, training, memory_efficient, small_pieces):
 
     def stage(x, *_):
         torch.manual_seed(0)
-        return run_fast(block, transition, x, memory_efficient)
+        return run_fast(block, transition, x, memory_efficient, x.dtype)
     x = torch.randn(2, 24, 4, 5, dtype=torch.float64, requires_grad=True)
     # fast_mode: the gradient along random directions, not one entry at a time
     assert gradcheck(stage, (x, *parameters), fast_mode=True)
+
+
+# bfloat16
+
+@pytest.mark.parametrize('training', [False, True])
+def test_bfloat16_is_near_float32_and_in_float32_outside(training, small_pieces):
+    torch.manual_seed(0)
+    model = make_network(dtype=torch.float32, growth_rate=6).train(training)
+    x = torch.randn(2, 3, 40, 37)
+    exact, half = (train_step(model, x, 'fast', amp=amp) for amp in (False, True))
+    assert half[0].dtype == torch.float32 and all(g.dtype == torch.float32 for g in half[1].values())
+    error = (half[0] - exact[0]).norm() / exact[0].norm()
+    assert 1e-4 < error < 0.05                                  # bfloat16 has 8 bits
+    assert 1e-4 < relative_distance(half[1], exact[1]) < 0.25
+    assert_close(half[2], exact[2], 0.02)
+
+
+def test_bfloat16_is_bit_for_bit_the_same_with_memory_efficient():
+    model, x = make_network(dtype=torch.float32, drop_rate=0.2), torch.randn(2, 3, 40, 37)
+    fast, lean = (train_step(model, x, 'fast', memory_efficient, amp=True) for memory_efficient in (False, True))
+    assert torch.equal(fast[0], lean[0])
+    assert_close(lean[1], fast[1], 0)
 
 
 # Dropout and memory_efficient
@@ -177,7 +199,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         block, transition = copy.deepcopy((model.blocks.block1, model.blocks.trans1))
         block_input = x.clone().requires_grad_()
         torch.manual_seed(0)
-        output = run_fast(block, transition, block_input)
+        output = run_fast(block, transition, block_input, False, torch.float32)
         output.square().sum().backward()
         results.append([output, block_input.grad, transition.bn.running_var, *(p.grad for p in block.parameters())])
     torch.set_num_threads(before)

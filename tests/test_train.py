@@ -120,6 +120,21 @@ def test_options_that_change_the_weights(base, data, tmp_path, words):
     assert not same_weights(run(data, tmp_path / 'run', *words.split())[0], base[0])
 
 
+def test_amp_computes_in_bfloat16_and_resumes_exactly(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr('FullNet.MIN_PIXELS', 0)
+    words = ['--amp', 'True', '--epochs', '2']
+    whole = run(data, tmp_path / 'whole', *words)[0]
+    assert not same_weights(whole, run(data, tmp_path / 'float32', '--epochs', '2')[0])
+    run(data, tmp_path / 'half', *words[:2])
+    train.main(['--checkpoint-path', str(tmp_path / 'half/checkpoints/checkpoint.pth.tar'), '--epochs', '2'])
+    assert same_weights(load_checkpoint(tmp_path / 'half/checkpoints/checkpoint.pth.tar'), whole)
+
+
+def test_amp_is_refused_on_mps():
+    with pytest.raises(InputError, match='--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it'):
+        train.MixedPrecision(torch.device('mps'), True)
+
+
 @pytest.mark.parametrize('words', ['--val-overlap 20', '--transform.val.scale 70', '--transform.val.label_encoding 2'])
 def test_options_that_change_the_validation_only(base, data, tmp_path, words):
     checkpoint, rows = run(data, tmp_path / 'run', *words.split())

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -91,6 +92,34 @@ def test_scale_takes_the_shorter_side():
     for size, expected in (((100, 50), (80, 40)), ((50, 100), (40, 80)), ((775, 522), (308, 208))):
         scaled = Scale(min(expected))([Image.new('RGB', size)], RNG)[0]
         assert scaled.size == expected
+
+
+def elastic_by_simpleitk(image, parameters):
+    """Every channel resampled on its own, as in the published code."""
+    bands = []
+    for band in image.split():
+        channel = sitk.GetImageFromArray(np.asarray(band).astype(np.float32))
+        spline = sitk.BSplineTransformInitializer(channel, [6, 6], 3)
+        spline.SetParameters(parameters.tolist())
+        warped = sitk.Resample(channel, channel, spline, sitk.sitkLinear, 0.0)
+        bands.append(Image.fromarray(sitk.GetArrayFromImage(warped).astype(np.uint8)))
+    return np.asarray(Image.merge(image.mode, bands)).astype(int)
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('size', [(250, 250), (97, 64)])
+def test_elastic_is_simpleitk_s_but_for_rounding(size, seed):
+    rng = np.random.default_rng(seed)
+    image, weight = (Image.fromarray(rng.integers(0, 256, (size[1], size[0], *c), dtype=np.uint8)) for c in ((3,), ()))
+    white = Image.new('RGB', size, (255, 255, 255))
+    elastic = RandomElastic(6, 15)
+    parameters = elastic.draw(rng, size)
+    results = elastic.apply([image, weight, white], parameters)
+    differences = [np.abs(np.asarray(result) - elastic_by_simpleitk(original, parameters))
+                   for result, original in zip(results, (image, weight, white))]
+    assert [result.mode for result in results] == ['RGB', 'L', 'RGB']
+    assert max(d.max() for d in differences) <= 1 and max((d > 0).mean() for d in differences) < 0.005
+    assert differences[2].max() == 0                # a constant stays exactly what it was, and so does the border
 
 
 def test_elastic_moves_most_points_in_y_only():
