@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
+from scipy.io import loadmat
 
 from utils import InputError
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
-LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy')
+LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
 MAX_MEGAPIXELS = 1000
 
 Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
@@ -44,6 +45,20 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS):
         if len(same) > 1:
             raise InputError(f'two images of one name in {folder}: {" and ".join(same)}; keep one of them')
     return paths
+
+
+def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
+    """The instance label of each image: `{name}`, `{name}_label` or `{name}_anno` in label_dir.
+
+    Raises InputError, which ends with `hint`, if some are missing.
+    """
+    files = {p.stem: p for p in list_images(label_dir, extensions)}
+    names = [[path.stem + ending for ending in ('', '_label', '_anno') if path.stem + ending in files]
+             for path in images]
+    missing = [path.name for path, found in zip(images, names) if not found]
+    if missing:
+        raise InputError(missing_files_message('instance labels of images', missing, label_dir) + hint)
+    return [files[found[0]] for found in names]
 
 
 def missing_files_message(kind, missing, folder):
@@ -83,6 +98,13 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
         raise InputError(f'{path} declares {image.width} x {image.height} = {megapixels:.0f} megapixels, more than '
                          f'max_megapixels = {max_megapixels}; crop it or raise the limit')
     return image
+
+
+def image_size(path, max_megapixels=MAX_MEGAPIXELS):
+    """(height, width) of what `read_image` returns, by the file's header. Raises InputError as `open_image`."""
+    with open_image(path, max_megapixels) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def decode(image, path):
@@ -177,14 +199,15 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
     """Read an instance label: int32 (H, W), 0 = background, one positive integer per object (gaps allowed).
 
     Accepts integer images of 8, 16 or 32 bits, palette images (the indices are the ids), RGB with three equal
-    channels, and integer .npy arrays. `image_shape` (H, W), when given, must match. Raises InputError for colour,
-    fractional, negative and JPEG labels, and for a 0/255 mask unless `binary_labels` is set, which then labels
-    its 8-connected components.
+    channels, integer .npy arrays, and the variable inst_map of MATLAB files (.mat, before version 7.3).
+    `image_shape` (H, W), when given, must match. Raises InputError for colour, fractional, negative and JPEG labels,
+    and for a 0/255 mask unless `binary_labels` is set, which then labels its 8-connected components.
     """
     path = Path(path)
     if path.suffix.lower() in ('.jpg', '.jpeg'):
         raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP, TIFF or .npy label')
-    label = _load_npy(path) if path.suffix.lower() == '.npy' else _decode_label(path, max_megapixels)
+    load = {'.npy': _load_npy, '.mat': _load_mat}.get(path.suffix.lower())
+    label = load(path) if load else _decode_label(path, max_megapixels)
     if label.ndim == 3:
         if not (label == label[..., :1]).all():
             raise InputError(f'{path} is a colour image; expected one integer id per pixel (0 = background)')
@@ -223,6 +246,20 @@ def _load_npy(path):
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f'{path} is not a plain NumPy array ({error})') from error
+
+
+def _load_mat(path):
+    if not path.is_file():
+        raise InputError(f'no such file: {path}')
+    try:
+        contents = loadmat(path, variable_names=['inst_map'])
+    except NotImplementedError as error:
+        raise InputError(f'{path} is a MATLAB file of version 7.3; save it with -v7') from error
+    except Exception as error:       # loadmat raises almost anything on damaged data
+        raise InputError(f'{path} is not a MATLAB file, or is damaged ({error})') from error
+    if 'inst_map' not in contents:
+        raise InputError(f'{path} has no variable inst_map; expected an instance label of that name')
+    return contents['inst_map']
 
 
 def _decode_label(path, max_megapixels):

@@ -70,6 +70,15 @@ def int_tuple(words):
     return tuple(int(word) for word in ' '.join(words).replace(',', ' ').split())
 
 
+def _numbers(count, kind=float):
+    def parse(words):
+        values = tuple(kind(word) for word in ' '.join(words).replace(',', ' ').split())
+        if len(values) != count:
+            raise ValueError(f'expected {count} number{"s" * (count > 1)}')
+        return values if count > 1 else values[0]
+    return parse
+
+
 def float_pair(words):
     values = tuple(float(word) for word in ' '.join(words).replace(',', ' ').split())
     if len(values) != 2 or not values[0] < values[1]:
@@ -173,8 +182,14 @@ POST = dict(
 PREPARE = dict(
     raw_dir=Option('./raw/{dataset}', str, 'the data set as it was downloaded; never written to'),
     data_dir=Option('./data/{dataset}', str, 'where the prepared data goes'),
-    anchor=Option('Prostate_TCGA-G9-6356-01Z-00-DX1', str,
-                  "image whose colours the others get: a name in raw_dir or a file; '' leaves them as they are"),
+    img_dir=Option('', str, "one's own images, instead of raw_dir"),
+    label_dir=Option('', str, 'their instance labels'),
+    split=Option('', str, "JSON file {split: [names]} for one's own images"),
+    fractions=Option((0.7, 0.15, 0.15), _numbers(3), "without it, their shares of train, val and test", many=True),
+    others=Option('', str, "split of MoNuSeg images outside the published one; '' = not used",
+                  choices=('', 'train', 'val', 'test_same', 'test_diff')),
+    anchor=Option('auto', str, 'image whose colours the others get: a name in raw_dir or img_dir, or a file; auto = '
+                               "the published one for MoNuSeg, else none; '' = none"),
     sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the weight between two objects', at_least=1e-3),
     w0=Option(10.0, float, 'largest weight between two objects', at_least=0),
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
@@ -184,6 +199,7 @@ PREPARE = dict(
     binary_labels=Option(False, boolean, '0/255 masks as labels: their 8-connected components are the objects'),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
+    workers=Option(1, int, 'processes that prepare images at the same time', at_least=1),
 )
 
 SCRIPT_GROUPS = {
@@ -197,15 +213,6 @@ SCRIPT_TRANSFORMS = {'train': ('train', 'val'), 'test': ('test',), 'prepare': ()
 # ---------------------------------------------------------------------------------------------------
 # Transforms on the command line
 # ---------------------------------------------------------------------------------------------------
-
-def _numbers(count, kind=float):
-    def parse(words):
-        values = tuple(kind(word) for word in ' '.join(words).replace(',', ' ').split())
-        if len(values) != count:
-            raise ValueError(f'expected {count} number{"s" * (count > 1)}')
-        return values if count > 1 else values[0]
-    return parse
-
 
 TRANSFORM_PARSERS = {                 # in the order in which transforms are applied
     'scale': _numbers(1, int),
@@ -253,12 +260,13 @@ class Options:
         self.script = script or ('train' if isTrain else 'test')
         self.isTrain = isTrain
         self.groups = SCRIPT_GROUPS[self.script]
+        self.dataset_flags = ('--dataset', '--like') if self.script == 'prepare' else ('--dataset',)
         self.given = set()
 
     def parse(self, argv=None):
         """Read the command line (`sys.argv` if `argv` is None) over the defaults; returns self."""
         first = _Parser(add_help=False, prog=f'{self.script}.py', allow_abbrev=False)
-        first.add_argument('--dataset', choices=DATASETS)
+        first.add_argument(*self.dataset_flags, dest='dataset', choices=DATASETS)
         dataset = first.parse_known_args(argv)[0].dataset
         if dataset:
             self.given.add(('', 'dataset'))
@@ -297,7 +305,7 @@ class Options:
     def _parser(self, defaults):
         program = {'train': 'train.py', 'test': 'test.py', 'prepare': 'prepare_data.py'}[self.script]
         parser = _Parser(prog=program, allow_abbrev=False, description=f'Options of {program}; defaults in options.py.')
-        parser.add_argument('--dataset', default=DATASET.default, choices=DATASETS, help=DATASET.help)
+        parser.add_argument(*self.dataset_flags, dest='dataset', default=DATASET.default, choices=DATASETS, help=DATASET.help)
         for group, options in self.groups.items():
             section = parser.add_argument_group(group)
             for name, option in options.items():

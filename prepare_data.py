@@ -2,30 +2,39 @@
 
     python prepare_data.py --dataset MultiOrgan --raw-dir DIR --data-dir ./data/MultiOrgan
     python prepare_data.py --dataset GlaS --raw-dir DIR --data-dir ./data/GlaS
+    python prepare_data.py --like MultiOrgan --img-dir DIR --label-dir DIR --data-dir ./data/mine      # one's own data
 
 Instance labels (read, or drawn from annotation XML) -> colour normalisation -> ternary labels -> weight maps -> patches
 -> mean_std.npy. Each step is also a function of its own, on arrays and on folders. Ternary labels and weight maps are
-made on whole images, before these are cut into patches.
+made on whole images, before these are cut into patches. An interrupted preparation goes on where it stopped.
 """
+import csv
+import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import re
+import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
 import numpy as np
+from PIL import Image, ImageDraw
 from skimage.color import lab2rgb, rgb2lab
 from skimage.draw import polygon
 from skimage.measure import label as connected_regions
+from skimage.segmentation import find_boundaries
 from tqdm import tqdm
 
-from dataset import (LABEL_EXTENSIONS, MAX_MEGAPIXELS, decode, list_images, missing_files_message, note, open_image,
-                     read_image, read_instance_label)
+from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ignore_interrupt, image_size, list_images,
+                     missing_files_message, note, open_image, read_image, read_instance_label)
 from options import Options
-from utils import InputError, atomic_path, run_script, save_image, save_instances
+from utils import InputError, atomic_path, run_script, save_image, save_instances, write_text
 from weight_map import encode_weight_map, label_name, weight_map
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -44,8 +53,12 @@ MULTI_ORGAN_SPLIT = {
                   'Colon_TCGA-AY-A8YK-01A-01-TS1', 'Colon_TCGA-NH-A8F7-01A-01-TS1',
                   'Stomach_TCGA-KB-A93J-01A-01-TS1', 'Stomach_TCGA-RD-A8N9-01A-01-TS1'),
 }
+PUBLISHED_ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'                # image whose colours the others get
 PATCH_SIZE = 250                                                     # pixels, as published
 FOLDERS = ('images', 'labels', 'weight_maps', 'labels_instance')     # what preparation fills, besides mean_std.npy
+RECORDS = 'records'                                                  # and here it remembers what was made of what
+RESULT_VERSION = 1        # counts up when the same input gives other files, so that old ones are made anew
+PREVIEW_HEIGHT = 300      # pixels, of an image in the contact sheets
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -115,18 +128,24 @@ def read_xml_regions(xml_path):
     return regions
 
 
-def save_instance_label(path, label):
-    """Save an instance label, int (H, W): 8 bits as .bmp, else 16 bits, or above 65,535 ids a 32-bit TIFF.
+def create_instance_labels(xml_dir, image_dir, save_dir):
+    """Write the instance label, `{name}.png`, of every image in `image_dir` from its `{name}.xml` in `xml_dir`."""
+    for path in tqdm(list_images(image_dir), desc='instance labels', disable=None):
+        label = instance_label_from_xml(Path(xml_dir) / f'{path.stem}.xml', *image_size(path))
+        save_instance_label(Path(save_dir) / f'{path.stem}.png', label)
 
-    The TIFF is `path` with the extension .tif. Raises InputError for ids above 255 in a .bmp. Returns the path written.
+
+def save_instance_label(path, label):
+    """Save an instance label, int (H, W), as 8-bit .bmp or 16-bit .png, by the extension of `path`.
+
+    Ids for which that has no room (above 255, above 65,535) go into a TIFF instead. Returns the path written.
     """
     path, largest = Path(path), label.max(initial=0)
+    if largest > (255 if path.suffix.lower() == '.bmp' else 65535):
+        path = path.with_suffix('.tif')
     if path.suffix.lower() == '.bmp':
-        if largest > 255:
-            raise InputError(f'the label for {path} holds id {largest}; a BMP has room for ids up to 255')
         save_image(path, label.astype(np.uint8))
     else:
-        path = path if largest <= 65535 else path.with_suffix('.tif')        # a PNG has room for no more
         save_instances(path, label)
     return path
 
@@ -296,13 +315,30 @@ class Source(NamedTuple):
     label: Path
 
 
-def find_multi_organ(raw_dir, anchor):
+def find_sources(dataset, options):
+    """The Sources of the data set that the `prepare` options describe. Raises InputError if there is none."""
+    if bool(options['img_dir']) != bool(options['label_dir']):
+        given, other = ('img', 'label') if options['img_dir'] else ('label', 'img')
+        raise InputError(f"--{given}-dir is given without --{other}-dir; one's own data needs both")
+    if options['img_dir']:
+        return find_own_data(dataset, options['img_dir'], options['label_dir'], options['split'], options['fractions'],
+                             options['seed'])
+    if options['split']:
+        raise InputError("--split is for one's own data, given as --img-dir and --label-dir; leave it out")
+    if dataset == 'GlaS':
+        return find_glas(options['raw_dir'], options['val_fraction'], options['seed'])
+    return find_multi_organ(options['raw_dir'], options['anchor'], options['others'])
+
+
+def find_multi_organ(raw_dir, anchor='auto', others=''):
     """The Sources of a MultiOrgan folder: `find_fullnet_files` or `find_monuseg`, whichever fits."""
     raw_dir = Path(raw_dir)
     if all((raw_dir / name).exists() for name in ('normalized', 'labels_instance', 'split.json')):
+        if anchor not in ('auto', ''):
+            raise InputError(f'{raw_dir} holds images whose colours are normalised already; leave --anchor out')
         return find_fullnet_files(raw_dir)
     if any(path.suffix.lower() == '.xml' for path in _files_below(raw_dir)):
-        return find_monuseg(raw_dir, anchor)
+        return find_monuseg(raw_dir, anchor, others)
     raise InputError(f'{raw_dir} is not a MultiOrgan data set: looked for normalized/, labels_instance/ and '
                      f'split.json, or .tif images with .xml annotations at any depth; saw {_names_in(raw_dir)}')
 
@@ -312,7 +348,7 @@ def find_fullnet_files(raw_dir):
     raw_dir = Path(raw_dir)
     images = {path.stem: path for path in list_images(raw_dir / 'normalized')}
     labels = {label_name(path): path for path in list_images(raw_dir / 'labels_instance', LABEL_EXTENSIONS)}
-    split = _read_split(raw_dir / 'split.json')
+    split = _read_split(raw_dir / 'split.json', tuple(MULTI_ORGAN_SPLIT))
     names = [name for group in split.values() for name in group]
     for kind, files, folder in (('images', images, 'normalized'), ('instance labels', labels, 'labels_instance')):
         missing = [name for name in names if name not in files]
@@ -324,12 +360,13 @@ def find_fullnet_files(raw_dir):
     return [Source(name, part, images[name], labels[name]) for part, group in split.items() for name in group]
 
 
-def _read_split(path):
-    """{split: [names]} from a JSON file, checked."""
-    allowed = tuple(MULTI_ORGAN_SPLIT)
+def _read_split(path, allowed):
+    """{split: [names]} from a JSON file, checked. allowed: names of splits, train and val first."""
     expected = f'expected a JSON object of lists of names: train, val and, if there are, {", ".join(allowed[2:])}'
     try:
         split = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'no such file: {path}; {expected}') from None
     except ValueError as error:
         raise InputError(f'{path} is not JSON ({error}); {expected}') from None
     if not (isinstance(split, dict) and all(isinstance(group, list) for group in split.values())):
@@ -345,12 +382,13 @@ def _read_split(path):
     return split
 
 
-def find_monuseg(raw_dir, anchor):
+def find_monuseg(raw_dir, anchor='auto', others=''):
     """MoNuSeg as distributed: .tif images and .xml annotations at any depth, named without the organ.
 
-    The published split decides by name; images outside it are listed in a note and not used. Of an image with no
-    annotation, or the other way round, only the colour anchor is accepted.
+    The published split decides by name; images outside it go to the split `others`, or are listed in a note and not
+    used. Of an image with no annotation, or the other way round, only the colour anchor is accepted.
     """
+    anchor = PUBLISHED_ANCHOR if anchor == 'auto' else anchor
     images = _by_stem(_files_below(raw_dir), ('.tif', '.tiff'), raw_dir)
     annotations = _by_stem(_files_below(raw_dir), ('.xml',), raw_dir)
     sources, unmatched, absent = [], [], []
@@ -367,6 +405,11 @@ def find_monuseg(raw_dir, anchor):
                 unmatched.append(f'{stems[1]}{".xml" if image else ".tif"}')
             else:
                 absent.append(name)
+    if others:
+        unmatched += [f'{stem}.xml' for stem in sorted(set(images) - set(annotations))]
+        unmatched += [f'{stem}.tif' for stem in sorted(set(annotations) - set(images))]
+        sources += [Source(stem, others, images.pop(stem), annotations[stem])
+                    for stem in sorted(set(images) & set(annotations))]
     if unmatched:
         raise InputError(missing_files_message('images or annotations are', unmatched, raw_dir))
     if not {'train', 'val'} <= {source.split for source in sources}:
@@ -375,7 +418,8 @@ def find_monuseg(raw_dir, anchor):
     if absent:
         note(f'{len(absent)} images of the published split are not there: {", ".join(absent)}')
     if images:
-        note(f'{len(images)} images are not in the published split and are not used: {", ".join(sorted(images))}')
+        note(f'{len(images)} images are not in the published split and are not used (--others puts them into one): '
+             + ', '.join(sorted(images)))
     return sources
 
 
@@ -401,6 +445,48 @@ def find_glas(raw_dir, val_fraction, seed):
     val = set(np.random.default_rng(seed).permutation(train)[:n_val].tolist())
     return [Source(name, 'val' if name in val else name.split('_')[0], files[name], files[f'{name}_anno'])
             for name in names]
+
+
+def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
+    """A folder of images and one of instance labels, `{name}`, `{name}_label` or `{name}_anno`, of any kind that is read.
+
+    split_path: a JSON file {split: [names]}; '' = `fractions` (train, val, test) of the images, drawn with `seed`.
+    dataset: whose layout, metrics and sizes to use; the test images become its first test set.
+    """
+    images = list_images(img_dir)
+    labels = find_labels(images, label_dir, (*LABEL_EXTENSIONS, '.xml'))
+    unmatched = sorted(set(list_images(label_dir, (*LABEL_EXTENSIONS, '.xml'))) - set(labels))
+    if unmatched:
+        raise InputError(missing_files_message('images of instance labels', [path.name for path in unmatched], img_dir))
+    test_sets = {'MultiOrgan': ('test_same', 'test_diff'), 'GlaS': ('testA', 'testB')}[dataset]
+    files = {image.stem: (image, label) for image, label in zip(images, labels)}
+    if split_path:
+        split = _read_split(Path(split_path), ('train', 'val', 'test', *test_sets))
+        missing = [name for group in split.values() for name in group if name not in files]
+        if missing:
+            raise InputError(missing_files_message(f'images named in {split_path} are', missing, img_dir))
+        unused = sorted(set(files).difference(*split.values()))
+        if unused:
+            note(f'{len(unused)} images are not in {split_path} and are not used: {", ".join(unused)}')
+    else:
+        split = draw_split(sorted(files), fractions, seed)
+    return [Source(name, test_sets[0] if part == 'test' else part, *files[name])
+            for part, names in split.items() for name in names]
+
+
+def draw_split(names, fractions, seed):
+    """{'train': [names], 'val': ..., 'test': ...}: the fractions of the names, at least one for train and val each."""
+    train, val, test = fractions
+    if min(fractions) < 0 or train == 0 or val == 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise InputError(f'--fractions is {train:g} {val:g} {test:g}; expected the shares of train, val and test, which '
+                         f'add up to 1, the first two above 0')
+    if len(names) < 2:
+        raise InputError(f'found {len(names)} image; expected at least 2, one to train and one to validate')
+    n_val = min(max(round(val * len(names)), 1), len(names) - 1)
+    n_test = min(round(test * len(names)), len(names) - n_val - 1)
+    order = np.random.default_rng(seed).permutation(names).tolist()
+    groups = {'val': order[:n_val], 'test': order[n_val:n_val + n_test], 'train': order[n_val + n_test:]}
+    return {part: sorted(groups[part]) for part in ('train', 'val', 'test')}
 
 
 def _by_number(name):
@@ -470,44 +556,199 @@ def planned_files(dataset, source, height, width, patch_size=PATCH_SIZE):
     return files
 
 
-class Prepared(NamedTuple):
-    """What was made of one image, for the report."""
-    patches: int
-    objects: int
-    in_pieces: int            # objects of several 8-connected pieces
-    histogram: np.ndarray     # `colour_histogram` of the whole image
+class Settings(NamedTuple):
+    """What the files of an image depend on besides the image and its label."""
+    dataset: str
+    sigma: float
+    w0: float
+    patch_size: int
+    binary_labels: bool
+    scale_16bit: tuple | None
+    max_megapixels: float
+    normalizer: Reinhard_normalizer | None      # fitted, or None: colours stay as they are
 
 
-def prepare_source(source, dataset, data_dir, sigma, w0, patch_size, normalizer, binary_labels, scale_16bit,
-                   max_megapixels):
-    """Write the files of one image into `data_dir`; returns `Prepared`. The images do not depend on each other.
+def prepare(dataset, options):
+    """Prepare a data set for training and testing; the `prepare` options of options.py say which and how.
 
-    normalizer: a fitted `Reinhard_normalizer`, or None to leave the colours as they are. The others: see `prepare`.
+    Files that an earlier run with the same inputs and options made are kept, the others made anew; `records/{name}.json`
+    in data_dir remembers what each image's files were made of. mean_std.npy is written last, so a folder that has one
+    is complete. Returns the report, a dict; it is also `prepare_report.json`, and `contact_sheet_{split}.png` shows the
+    images. Raises InputError for what the user can mend; names that do not match, image sizes and files that are not
+    ours are checked before anything is written.
     """
-    image = read_image(source.image, max_megapixels, scale_16bit)
-    height, width = image.shape[:2]
-    if source.label.suffix.lower() == '.xml':
-        label = instance_label_from_xml(source.label, height, width)
-    else:
-        label = read_instance_label(source.label, (height, width), binary_labels, max_megapixels)
-    if normalizer is not None:
-        image = normalizer.transform(image)
-    arrays = {'image': image, 'instance': label}
-    if source.split in ('train', 'val'):
-        arrays['ternary'] = ternary_label(label)
-        arrays['weight'] = encode_weight_map(weight_map(label, w0, sigma))
+    started = time.monotonic()
+    data_dir = Path(options['data_dir'])
+    for name in ('img_dir', 'label_dir') if options['img_dir'] else ('raw_dir',):
+        _refuse_writing_into(name, Path(options[name]), data_dir)
+    sources = find_sources(dataset, options)
+    settings = Settings(dataset, options['sigma'], options['w0'], options['patch_size'], options['binary_labels'],
+                        options['scale_16bit'], options['max_megapixels'], fit_anchor(sources, options))
+    planned = set()
+    for source in tqdm(sources, desc='checking', unit='image', disable=None):
+        height, width = image_size(source.image, settings.max_megapixels)
+        planned |= {file.path for file in planned_files(dataset, source, height, width, settings.patch_size)}
+    remove_outdated(data_dir, planned, {source.name for source in sources})
 
-    files = planned_files(dataset, source, height, width, patch_size)
-    for path, kind, corner in files:
-        if kind == 'instance':
-            save_instance_label(data_dir / path, label)
-        elif corner is None:
-            save_image(data_dir / path, arrays[kind])
-        else:
-            y, x = corner
-            save_image(data_dir / path, arrays[kind][y:y + patch_size, x:x + patch_size])
-    patches = sum(kind == 'image' and corner is not None for _, kind, corner in files)
-    return Prepared(patches, *count_objects(label), colour_histogram(image))
+    (data_dir / 'mean_std.npy').unlink(missing_ok=True)
+    results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources], options['workers'])
+    records = list(tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None))
+    for message in dict.fromkeys(message for record in records for message in record['notes']):
+        note(message)
+    histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
+                    if source.split in ('train', 'val'))
+    mean_std = mean_std_of(histogram)
+    parts = {part: [name for name, *_ in group] for part, group in
+             itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
+    for sheet in set(data_dir.glob('contact_sheet_*.png')) - {data_dir / f'contact_sheet_{part}.png' for part in parts}:
+        sheet.unlink()
+    for part in tqdm(parts, desc='contact sheets', disable=None):
+        save_image(data_dir / f'contact_sheet_{part}.png', contact_sheet(parts[part], data_dir))
+    report = make_report(parts, {source.name: record for source, record in zip(sources, records)}, mean_std)
+    report |= {'dataset': dataset, 'options': options, 'minutes': round((time.monotonic() - started) / 60, 2)}
+    if dataset == 'GlaS' and not options['img_dir']:
+        report |= count_grades(Path(options['raw_dir']), parts)
+    write_text(data_dir / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
+    save_mean_std(data_dir / 'mean_std.npy', mean_std)
+    return report
+
+
+def _split_order(source):
+    return list(dict.fromkeys(('train', 'val', *MULTI_ORGAN_SPLIT, 'testA', 'testB'))).index(source.split)
+
+
+def _refuse_writing_into(option, folder, data_dir):
+    raw, flag = folder.resolve(), '--' + option.replace('_', '-')
+    for place in (data_dir, *(data_dir / name for name in FOLDERS)):
+        if raw == place.resolve() or raw in place.resolve().parents:
+            raise InputError(f'the prepared data would be written into the raw data: --data-dir {data_dir}, {flag} '
+                             f'{folder}; give a --data-dir outside it')
+        if place != data_dir and place.resolve() in raw.parents:
+            raise InputError(f'{flag} {folder} lies in {place}, which preparation fills; move it out of there')
+
+
+def fit_anchor(sources, options):
+    """The Reinhard_normalizer of the anchor image, or None if the colours stay as they are."""
+    anchor = options['anchor']
+    if anchor == 'auto':
+        monuseg = not options['img_dir'] and any(source.label.suffix.lower() == '.xml' for source in sources)
+        anchor = PUBLISHED_ANCHOR if monuseg else ''
+    if not anchor:
+        return None
+    path = _anchor_path(anchor, options['img_dir'] or options['raw_dir'])
+    return Reinhard_normalizer().fit(read_image(path, options['max_megapixels'], options['scale_16bit']))
+
+
+def _anchor_path(anchor, folder):
+    """The anchor image: a path, or the name of an image below the folder with or without its organ."""
+    if Path(anchor).is_file():
+        return Path(anchor)
+    images = {path.stem: path for path in _files_below(folder) if path.suffix.lower() in IMAGE_EXTENSIONS}
+    for stem in (anchor, anchor.split('_', 1)[-1]):
+        if stem in images:
+            return images[stem]
+    raise InputError(f"the colour anchor '{anchor}' is neither a file nor an image in {folder}; give --anchor the "
+                     f"path of an image, or '' to leave the colours as they are")
+
+
+def _in_processes(function, arguments, workers):
+    """function(*a) for every a of arguments, in order, as they get done; in `workers` processes if more than one."""
+    if workers == 1:
+        yield from itertools.starmap(function, arguments)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt, (0,)) as pool:
+        try:
+            for future in [pool.submit(function, *a) for a in arguments]:
+                yield future.result()
+        except BrokenProcessPool:
+            raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '
+                             f'again, with fewer --workers') from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One image
+# ---------------------------------------------------------------------------------------------------
+
+def prepare_source(source, data_dir, settings):
+    """Write the files of one image into `data_dir`, but those that are there and were made of the same things.
+
+    The images do not depend on each other. Returns the record of the image: for each kind of file a key, the hash of
+    all that it depends on, and the SHA-256 of its files; and for the report `patches`, `objects`, `in_pieces` (how many
+    of them are in several 8-connected pieces), `areas` (pixels, sorted), `histogram` (`colour_histogram`) and `notes`.
+    """
+    record_path = data_dir / RECORDS / f'{source.name}.json'
+    before = read_record(record_path)
+    height, width = image_size(source.image, settings.max_megapixels)
+    files = {}
+    for file in planned_files(settings.dataset, source, height, width, settings.patch_size):
+        files.setdefault(file.kind, []).append(file)
+    files['preview'] = [PlannedFile(Path(RECORDS, f'{source.name}.png'), 'preview', None)]
+    keys = _keys(source, settings, files, (height, width))
+    kinds = {kind: before['kinds'][kind] for kind in files
+             if kind in before['kinds'] and before['kinds'][kind]['key'] == keys[kind]
+             and all(_is_intact(data_dir / path, sha256) for path, sha256 in before['kinds'][kind]['files'].items())}
+    if len(kinds) == len(files):
+        return before
+    # the files that are about to be written count as ours should this be interrupted
+    unfinished = [str(file.path) for kind in files if kind not in kinds for file in files[kind]]
+    write_record(record_path, {'kinds': kinds, 'unfinished': unfinished})
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        image, label = read_source(source, settings)
+        arrays = {'image': image, 'instance': label, 'ternary': ternary_label(label)}
+        if source.split in ('train', 'val'):
+            arrays['weight'] = encode_weight_map(weight_map(label, settings.w0, settings.sigma))
+    arrays['preview'] = preview(arrays)
+    for kind in files:
+        if kind not in kinds:
+            paths = [save_planned(file, arrays[kind], data_dir, settings.patch_size) for file in files[kind]]
+            kinds[kind] = {'key': keys[kind], 'files': {path.relative_to(data_dir).as_posix(): sha256_of(path)
+                                                        for path in paths}}
+    objects, in_pieces = count_objects(label)
+    areas = np.unique(label[label > 0], return_counts=True)[1]
+    record = {'kinds': {kind: kinds[kind] for kind in files}, 'unfinished': [],
+              'patches': sum(file.corner is not None for file in files['image']),
+              'objects': objects, 'in_pieces': in_pieces, 'areas': np.sort(areas).tolist(),
+              'histogram': colour_histogram(image).tolist(), 'notes': [str(w.message) for w in caught if w.category is UserWarning]}
+    write_record(record_path, record)
+    return record
+
+
+def _keys(source, settings, files, size):
+    """{kind: hash of all that files of this kind depend on}."""
+    normalizer = settings.normalizer
+    colours = None if normalizer is None else [normalizer.mean.tolist(), normalizer.std.tolist()]
+    image = [sha256_of(source.image), settings.scale_16bit, colours]
+    label = [sha256_of(source.label), settings.binary_labels, size]
+    weight = [*label, settings.w0, settings.sigma]
+    depends = {'image': image, 'instance': label, 'ternary': label, 'weight': weight, 'preview': [image, weight]}
+    return {kind: hashlib.sha256(json.dumps([RESULT_VERSION, depends[kind], settings.patch_size,
+                                             [[file.path.as_posix(), file.corner] for file in files[kind]]]
+                                            ).encode()).hexdigest() for kind in files}
+
+
+def read_source(source, settings):
+    """The image, uint8 (H, W, 3), with its colours normalised, and the instance label, int32 (H, W)."""
+    image = read_image(source.image, settings.max_megapixels, settings.scale_16bit)
+    if source.label.suffix.lower() == '.xml':
+        label = instance_label_from_xml(source.label, *image.shape[:2])
+    else:
+        label = read_instance_label(source.label, image.shape[:2], settings.binary_labels, settings.max_megapixels)
+    return image if settings.normalizer is None else settings.normalizer.transform(image), label
+
+
+def save_planned(file, array, data_dir, patch_size):
+    """Save the patch of `array` at the file's corner, or all of it; returns the path."""
+    if file.kind == 'instance':
+        return save_instance_label(data_dir / file.path, array)
+    if file.corner:
+        y, x = file.corner
+        array = array[y:y + patch_size, x:x + patch_size]
+    save_image(data_dir / file.path, array)
+    return data_dir / file.path
 
 
 def count_objects(instance_label):
@@ -519,89 +760,151 @@ def count_objects(instance_label):
     return len(ids), int((piece_count > 1).sum())
 
 
-def prepare(dataset, raw_dir, data_dir, anchor, sigma, w0, patch_size, val_fraction, seed, binary_labels,
-            scale_16bit, max_megapixels):
-    """Prepare a data set as downloaded in `raw_dir` for training and testing, in `data_dir`.
+# ---------------------------------------------------------------------------------------------------
+# Records: what was made of what
+# ---------------------------------------------------------------------------------------------------
 
-    dataset: MultiOrgan or GlaS. anchor: for MoNuSeg images, one of their names, the path of an image, or '' to leave
-    the colours as they are. sigma, w0: of the weight maps. patch_size: pixels, MultiOrgan. val_fraction, seed: of
-    GlaS's train images. binary_labels: take the 8-connected components of 0/255 masks as objects. scale_16bit:
-    (lo, hi) maps 16-bit images to 8 bits, None refuses them. max_megapixels: larger images are refused.
-    mean_std.npy is written last, so a folder that has one is complete.
-    Returns a summary, text of several lines. Raises InputError for what the user can mend; names that do not match,
-    image sizes and files of an earlier preparation are checked before anything is written.
-    """
-    raw_dir, data_dir = Path(raw_dir), Path(data_dir)
-    _refuse_writing_into(raw_dir, data_dir)
-    sources = find_glas(raw_dir, val_fraction, seed) if dataset == 'GlaS' else find_multi_organ(raw_dir, anchor)
-    normalizer = None
-    if anchor and any(source.label.suffix.lower() == '.xml' for source in sources):     # as distributed by MoNuSeg
-        normalizer = Reinhard_normalizer().fit(read_image(_anchor_path(anchor, raw_dir), max_megapixels, scale_16bit))
-    planned = set()
-    for source in sources:
-        width, height = open_image(source.image, max_megapixels).size
-        planned |= {file.path for file in planned_files(dataset, source, height, width, patch_size)}
-    _refuse_other_files(data_dir, planned)
-
-    (data_dir / 'mean_std.npy').unlink(missing_ok=True)
-    prepared = [prepare_source(source, dataset, data_dir, sigma, w0, patch_size, normalizer, binary_labels,
-                               scale_16bit, max_megapixels)
-                for source in tqdm(sources, desc='preparing', unit='image', disable=None)]
-    mean_std = mean_std_of(sum(result.histogram for source, result in zip(sources, prepared)
-                               if source.split in ('train', 'val')))
-    save_mean_std(data_dir / 'mean_std.npy', mean_std)
-    return _summary(sources, prepared, mean_std)
+def read_record(path):
+    """The record of an image, or an empty one."""
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+        return record if {'kinds', 'unfinished'} <= set(record) else {'kinds': {}, 'unfinished': []}
+    except (OSError, ValueError, TypeError):                          # no record, or not one of ours: make it all anew
+        return {'kinds': {}, 'unfinished': []}
 
 
-def _refuse_writing_into(raw_dir, data_dir):
-    raw = raw_dir.resolve()
-    for folder in (data_dir, *(data_dir / name for name in FOLDERS)):
-        if raw == folder.resolve() or raw in folder.resolve().parents:
-            raise InputError(f'the prepared data would be written into the raw data: --data-dir {data_dir}, --raw-dir '
-                             f'{raw_dir}; give a --data-dir outside it')
-        if folder != data_dir and folder.resolve() in raw.parents:
-            raise InputError(f'--raw-dir {raw_dir} lies in {folder}, which preparation fills; move it out of there')
+def write_record(path, record):
+    write_text(path, json.dumps(record) + '\n')
 
 
-def _refuse_other_files(data_dir, planned):
-    """Files of an earlier preparation with other options would be read by training as if they belonged to this one."""
-    found = [path.relative_to(data_dir) for folder in FOLDERS for path in sorted((data_dir / folder).rglob('*'))
-             if path.is_file() and not path.name.startswith('.')]
+def sha256_of(path):
+    """Hash of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _is_intact(path, sha256):
+    return path.is_file() and sha256_of(path) == sha256
+
+
+def remove_outdated(data_dir, planned, names):
+    """Remove what an earlier preparation made and this one, of images `names`, does not. Files of others are refused:
+    training would read them as if they belonged to this preparation."""
+    records = {path: read_record(path) for path in sorted((data_dir / RECORDS).glob('*.json'))}
+    ours = {path: sha256 for record in records.values() for kind in record['kinds'].values()
+            for path, sha256 in kind['files'].items()}
+    unfinished = {path for record in records.values() for path in record['unfinished']}
     planned = planned | {path.with_suffix('.tif') for path in planned if path.parts[0] == 'labels_instance'}
-    others = [str(path) for path in found if path not in planned]
+    found = [path for folder in FOLDERS for path in sorted((data_dir / folder).rglob('*'))
+             if path.is_file() and not path.name.startswith('.') and path.relative_to(data_dir) not in planned]
+    outdated, others = [], []
+    for path in found:
+        name = path.relative_to(data_dir).as_posix()
+        mine = name in unfinished or (name in ours and _is_intact(path, ours[name]))
+        (outdated if mine else others).append(path)
     if others:
         raise InputError(f'{data_dir} already holds {len(others)} files that this preparation does not make: '
-                         f'{", ".join(others[:5])}; give an empty --data-dir or remove them')
+                         f'{", ".join(str(path.relative_to(data_dir)) for path in others[:5])}; '
+                         f'give an empty --data-dir or remove them')
+    outdated += [path for folder in (*FOLDERS, RECORDS) for path in (data_dir / folder).rglob('.tmp_*')]     # of a kill
+    for path in [*outdated, *(path for path in records if path.stem not in names)]:
+        path.unlink()
+        if path in records:
+            path.with_suffix('.png').unlink(missing_ok=True)
 
 
-def _anchor_path(anchor, raw_dir):
-    """The anchor image: a path, or the name of a .tif below raw_dir with or without its organ."""
-    if Path(anchor).is_file():
-        return Path(anchor)
-    images = _by_stem(_files_below(raw_dir), ('.tif', '.tiff'), raw_dir)
-    for stem in (anchor, anchor.split('_', 1)[-1]):
-        if stem in images:
-            return images[stem]
-    raise InputError(f"the colour anchor '{anchor}' is neither a file nor an image in {raw_dir}; give --anchor the "
-                     f"path of an image, or '' to leave the colours as they are")
+# ---------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------
+
+def preview(arrays):
+    """Image with contours of the objects, ternary label and weight map (if there is one) side by side, uint8 RGB."""
+    outlined = arrays['image'].copy()
+    outlined[find_boundaries(arrays['instance'], connectivity=2, mode='thick')] = (255, 255, 0)
+    tiles = [outlined]
+    if 'weight' in arrays:
+        tiles += [arrays['ternary'], np.repeat(arrays['weight'][..., None], 3, axis=2)]
+    size = max(1, round(PREVIEW_HEIGHT * outlined.shape[1] / outlined.shape[0])), PREVIEW_HEIGHT
+    return np.concatenate([np.asarray(Image.fromarray(tile).resize(size, Image.BOX)) for tile in tiles], axis=1)
 
 
-def _summary(sources, prepared, mean_std):
-    """Counts per split and the colour statistics, as text."""
-    lines = [f'{"":10} {"images":>8} {"patches":>8} {"objects":>8} {"in pieces":>10}']
-    for part in dict.fromkeys(source.split for source in sources):
-        rows = [result for source, result in zip(sources, prepared) if source.split == part]
-        lines.append(f'{part:10} {len(rows):8} {sum(row.patches for row in rows):8} '
-                     f'{sum(row.objects for row in rows):8} {sum(row.in_pieces for row in rows):10}')
-    for title, values in zip(('mean', 'std'), mean_std):
-        lines.append(f'{title:4} ' + ' '.join(f'{value:.8f}' for value in values))
+def contact_sheet(names, data_dir, width=1808, at_most=24):
+    """The previews of the first images of a split, with their names, row by row; uint8 RGB."""
+    previews = [Image.open(data_dir / RECORDS / f'{name}.png') for name in names[:at_most]]
+    margin, line = 4, 16
+    x = y = 0
+    places = []
+    for picture in previews:
+        if x and x + picture.width > width:
+            x, y = 0, y + PREVIEW_HEIGHT + line
+        places.append((x, y))
+        x += picture.width + margin
+    width = max(place[0] + picture.width for place, picture in zip(places, previews))
+    sheet = Image.new('RGB', (width, y + PREVIEW_HEIGHT + line), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for name, picture, (x, y) in zip(names, previews, places):
+        draw.text((x, y), name, fill='black')
+        sheet.paste(picture, (x, y + line))
+    return np.asarray(sheet)
+
+
+def make_report(parts, records, mean_std):
+    """Counts per split, labels with objects in several pieces, mean and standard deviation of the colours.
+
+    parts: {split: [names]}. records: {name: record}. object_area: pixels, percentiles 5, 25, 50, 75, 95.
+    """
+    splits = {}
+    for part, names in parts.items():
+        rows = [records[name] for name in names]
+        areas = np.concatenate([row['areas'] for row in rows])
+        splits[part] = {'images': len(names), 'patches': sum(row['patches'] for row in rows),
+                        'objects': sum(row['objects'] for row in rows),
+                        'objects_in_pieces': sum(row['in_pieces'] for row in rows),
+                        'object_area': np.percentile(areas, (5, 25, 50, 75, 95)).round(1).tolist() if len(areas) else []}
+    return {'splits': splits, 'labels_with_objects_in_pieces': {name: record['in_pieces'] for name, record
+                                                                in records.items() if record['in_pieces']},
+            'mean': mean_std[0].tolist(), 'std': mean_std[1].tolist()}
+
+
+def count_grades(raw_dir, parts):
+    """{'grades': {split: {grade: images}}} from GlaS's Grade.csv (name, patient, grade, ...), if there is one."""
+    paths = [path for path in _files_below(raw_dir) if path.name.lower() == 'grade.csv']
+    if not paths:
+        return {}
+    with open(paths[0], newline='', encoding='utf-8-sig', errors='replace') as file:
+        grades = {row[0].strip(): row[2].strip() for row in csv.reader(file) if len(row) > 2}
+    if not any(name in grades for names in parts.values() for name in names):
+        note(f'{paths[0]} names none of the images; expected lines of name, patient, grade')
+        return {}
+    counts = {part: [grades.get(name, 'unknown') for name in names] for part, names in parts.items()}
+    return {'grades': {part: {grade: found.count(grade) for grade in sorted(set(found))}
+                       for part, found in counts.items()}}
+
+
+def report_text(report):
+    """The report as a table."""
+    lines = [f'{"":10} {"images":>7} {"patches":>8} {"objects":>8} {"in pieces":>10}   '
+             f'object area, pixels: 5, 25, 50, 75, 95 %']
+    for part, row in report['splits'].items():
+        areas = ' '.join(f'{area:.0f}' for area in row['object_area'])
+        lines.append(f'{part:10} {row["images"]:7} {row["patches"]:8} {row["objects"]:8} {row["objects_in_pieces"]:10}'
+                     f'   {areas}')
+    for title in ('mean', 'std'):
+        lines.append(f'{title:4} ' + ' '.join(f'{value:.8f}' for value in report[title]))
+    for part, counts in report.get('grades', {}).items():
+        lines.append(f'{part}: ' + ', '.join(f'{count} {grade}' for grade, count in counts.items()))
+    pieces = report['labels_with_objects_in_pieces']
+    if pieces:
+        shown = ', '.join(f'{name} ({count})' for name, count in list(pieces.items())[:5])
+        lines.append(f'{len(pieces)} labels have objects in several pieces: {shown}{", ..." if len(pieces) > 5 else ""}')
     return '\n'.join(lines)
 
 
 def main(argv=None):
     opt = Options(script='prepare').parse(argv)
-    print(prepare(opt.dataset, **opt.prepare))
-    print(f'{opt.dataset} is ready in {opt.prepare["data_dir"]}')
+    report = prepare(opt.dataset, opt.prepare)
+    print(report_text(report))
+    print(f'{opt.dataset} is ready in {opt.prepare["data_dir"]} ({report["minutes"]:.1f} minutes); look at its '
+          f'contact_sheet_*.png')
 
 
 if __name__ == '__main__':

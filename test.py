@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import (LABEL_EXTENSIONS, check_mean_std, list_images, load_mean_std, missing_files_message, read_image,
-                     read_instance_label)
+from dataset import check_mean_std, find_labels, list_images, load_mean_std, read_image, read_instance_label
 from my_transforms import get_transforms
 from options import Options
 from utils import (AverageMeter, InputError, accuracy_pixel_level, build_model, choose_device,
@@ -41,7 +40,9 @@ def main(argv=None):
 
     # 2. images and labels
     images = list_images(test['img_dir'])
-    labels = find_labels(images, test['label_dir']) if test['label_dir'] else [None] * len(images)
+    labels = [None] * len(images)
+    if test['label_dir']:
+        labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
     save_dir, set_name = Path(test['save_dir']), Path(test['img_dir']).resolve().name
     opt.save(save_dir)
 
@@ -117,18 +118,6 @@ def make_predictor(model, opt, mean_std, device):
         return torch.softmax(logits, dim=1)[0].permute(1, 2, 0).cpu().numpy()
 
     return predict
-
-
-def find_labels(images, label_dir):
-    """The instance label of each image: `{name}`, `{name}_label` or `{name}_anno` in label_dir. Raises InputError."""
-    files = {p.stem: p for p in list_images(label_dir, LABEL_EXTENSIONS)}
-    names = [[path.stem + ending for ending in ('', '_label', '_anno') if path.stem + ending in files]
-             for path in images]
-    missing = [path.name for path, found in zip(images, names) if not found]
-    if missing:
-        raise InputError(missing_files_message('instance labels of images', missing, label_dir)
-                         + "; for images without labels give --label-dir ''")
-    return [files[found[0]] for found in names]
 
 
 # ---------------------------------------------------------------------------------------------------

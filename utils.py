@@ -41,6 +41,7 @@ def run_script(main):
     exception is a bug of ours: it keeps its traceback and exits with 1.
     """
     warnings.showwarning = lambda message, *_: print(f'note: {message}', file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
     try:
         main()
         sys.stdout.flush()

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,14 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
+from scipy.io import savemat
 
 import prepare_data
+import train
 from dataset import read_image, read_instance_label
+from options import Options
 from prepare_data import (MULTI_ORGAN_SPLIT, Reinhard_normalizer, color_norm, compute_mean_std, count_objects,
-                          create_ternary_labels, find_glas, instance_label_from_xml, main, patch_positions,
+                          create_ternary_labels, draw_split, find_glas, instance_label_from_xml, main, patch_positions,
                           save_instance_label, split_patches, ternary_label)
 from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
 from utils import InputError, save_image
@@ -40,8 +45,14 @@ def random_image(seed, height, width):
 
 
 def contents(folder):
-    """{relative path: bytes} of all files below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+    """{relative path: bytes} of all files below a folder but the report, which holds the time."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*'))
+            if path.is_file() and path.name != 'prepare_report.json'}
+
+
+def layout(folder):
+    """The files that training and testing read, without what preparation remembers and shows."""
+    return sorted(name for name in contents(folder) if not name.startswith(('records/', 'contact_sheet_')))
 
 
 def pixels(path):
@@ -194,20 +205,25 @@ def test_xml_that_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize('largest, file_name, dtype', [
-    (3, 'a.bmp', np.uint8), (3, 'a.png', np.uint16), (65535, 'a.png', np.uint16), (65536, 'a.tif', np.uint32)])
+    (3, 'a.bmp', np.uint8), (3, 'a.png', np.uint16), (65535, 'a.png', np.uint16), (65536, 'a.tif', np.uint32),
+    (256, 'a.tif', np.uint16)])
 def test_save_instance_label(tmp_path, largest, file_name, dtype):
     label = np.zeros((6, 7), np.int32)
     label[2:4, 3:5], label[0, 0] = largest, 1
-    written = save_instance_label((tmp_path / file_name).with_suffix('.bmp' if dtype == np.uint8 else '.png'), label)
+    asked = '.bmp' if largest in (3, 256) and file_name != 'a.png' else '.png'
+    written = save_instance_label((tmp_path / file_name).with_suffix(asked), label)
     assert written == tmp_path / file_name
     assert np.array_equal(read_instance_label(written), label)
-    if dtype != np.uint32:
-        assert pixels(written).dtype == dtype
+    assert (tifffile.imread(written) if written.suffix == '.tif' else pixels(written)).dtype == dtype
 
 
-def test_save_instance_label_refuses_large_ids_in_a_bmp(tmp_path):
-    with pytest.raises(InputError, match='holds id 256; a BMP has room for ids up to 255'):
-        save_instance_label(tmp_path / 'a.bmp', np.full((3, 3), 256))
+def test_create_instance_labels(tmp_path):
+    save_image(tmp_path / 'images/a.png', random_image(0, 30, 40))
+    (tmp_path / 'xml').mkdir()
+    (tmp_path / 'xml/a.xml').write_text(annotation_xml([rectangle(3, 4, 10, 12)]))
+    prepare_data.create_instance_labels(tmp_path / 'xml', tmp_path / 'images', tmp_path / 'out')
+    expected = instance_label_from_xml(tmp_path / 'xml/a.xml', 30, 40)
+    assert expected.any() and np.array_equal(pixels(tmp_path / 'out/a.png'), expected)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -315,7 +331,7 @@ def test_mean_std_is_over_all_pixels_of_images_of_any_size(tmp_path):
 
 
 def test_count_objects():
-    label = np.array([[5, 5, 0, 9], [0, 0, 5, 9], [70000, 0, 0, 0], [0, 0, 0, 9]])
+    label = np.array([[5, 5, 0, 9], [0, 0, 5, 9], [7, 0, 0, 0], [0, 0, 0, 9]])
     assert count_objects(label) == (3, 1)            # 9 is in two pieces; 5 is not, its pixels touch diagonally
     assert count_objects(np.zeros((3, 3), int)) == (0, 0)
 
@@ -365,7 +381,7 @@ def test_fullnet_files_give_the_whole_layout(fullnet_files, tmp_path, capsys):
     expected += ['images/val_full/Breast_C.png', 'labels_instance/val_full/Breast_C.png',
                  'images/test_same/Liver_D.png', 'images/test_diff/Colon_E.png',
                  'labels_instance/test/Liver_D.png', 'labels_instance/test/Colon_E.png']
-    assert sorted(contents(out)) == sorted(expected)
+    assert layout(out) == sorted(expected)
 
     assert np.array_equal(pixels(out / 'images/val_full/Breast_C.png'), random_image(2, 300, 520))   # colours as given
     assert np.array_equal(read_instance_label(out / 'labels_instance/test/Colon_E.png'), nuclei_label(4))
@@ -387,7 +403,7 @@ def test_fullnet_files_give_the_whole_layout(fullnet_files, tmp_path, capsys):
     assert [line.split()[:2] for line in printed[1:5]] == [['train', '2'], ['val', '1'], ['test_same', '1'],
                                                            ['test_diff', '1']]
     assert printed[5].startswith('mean 0.') and printed[6].startswith('std  0.')
-    assert printed[-1] == f'MultiOrgan is ready in {out}'
+    assert printed[-1].startswith(f'MultiOrgan is ready in {out} (0.')
 
 
 def test_the_single_steps_make_the_same_files(fullnet_files, tmp_path):
@@ -438,7 +454,8 @@ def test_16_bit_images_are_scaled_when_told(fullnet_files, tmp_path):
     with pytest.raises(InputError, match='Breast_A.tif has 16 bits per channel'):
         prepare_nuclei(fullnet_files, tmp_path / 'out')
     prepare_nuclei(fullnet_files, tmp_path / 'out', '--scale-16bit', '0', '4080')
-    assert contents(tmp_path / 'out') == contents(tmp_path / 'usual')
+    for name in layout(tmp_path / 'usual'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'usual' / name).read_bytes()
 
 
 def test_large_images_are_refused_when_told(fullnet_files, tmp_path):
@@ -490,11 +507,216 @@ def test_a_small_image_is_refused_before_anything_is_written(fullnet_files, tmp_
     assert not (tmp_path / 'out').exists()
 
 
-def test_files_of_another_preparation_are_refused(fullnet_files, tmp_path):
+def test_files_of_others_are_refused_and_stay(fullnet_files, tmp_path):
     prepare_nuclei(fullnet_files, tmp_path / 'out')
-    with pytest.raises(InputError, match='already holds 18 files that this preparation does not make: '
-                                         'images/train/Breast_A_4.png, .*; give an empty --data-dir or remove them'):
+    save_image(tmp_path / 'out/images/train/mine_0.png', random_image(9, 250, 250))
+    save_image(tmp_path / 'out/images/train/Breast_A_5.png', random_image(8, 250, 250))      # one of ours, changed
+    before = contents(tmp_path / 'out')
+    with pytest.raises(InputError, match='already holds 2 files that this preparation does not make: images/train/'
+                                         'Breast_A_5.png, images/train/mine_0.png; give an empty --data-dir or remove'):
         prepare_nuclei(fullnet_files, tmp_path / 'out', '--patch-size', '290')
+    assert contents(tmp_path / 'out') == before
+
+
+@pytest.mark.parametrize('options, changed', [
+    (['--sigma', '3'], {'weight_maps', 'records'}), (['--w0', '3'], {'weight_maps', 'records'}),
+    (['--patch-size', '290'], {'images', 'labels', 'weight_maps', 'records', 'labels_instance'})])
+def test_changed_options_redo_what_depends_on_them(fullnet_files, tmp_path, monkeypatch, options, changed):
+    out = tmp_path / 'out'
+    prepare_nuclei(fullnet_files, out)
+    written = []
+    save = prepare_data.save_planned
+    monkeypatch.setattr(prepare_data, 'save_planned', lambda file, *rest: written.append(file) or save(file, *rest))
+    prepare_nuclei(fullnet_files, out)
+    assert not written                                                     # nothing changed, nothing is done again
+    prepare_nuclei(fullnet_files, out, *options)
+    assert {file.path.parts[0] for file in written} == changed
+    prepare_nuclei(fullnet_files, tmp_path / 'anew', *options)
+    assert contents(out) == contents(tmp_path / 'anew')
+
+
+def test_a_changed_input_and_a_damaged_output_are_done_again(fullnet_files, tmp_path):
+    out = tmp_path / 'out'
+    prepare_nuclei(fullnet_files, out)
+    good = contents(out)
+    (out / 'labels/train/Breast_A_0_label.png').write_bytes(b'')
+    (out / 'images/val/Breast_C_1.png').unlink()
+    (out / 'records/Liver_B.json').write_text('[')
+    prepare_nuclei(fullnet_files, out)
+    assert contents(out) == good
+
+    label = nuclei_label(0).copy()
+    label[label == label.max()] = 0
+    save_image(fullnet_files / 'labels_instance/Breast_A_label.png', label.astype(np.uint16))
+    prepare_nuclei(fullnet_files, out)
+    prepare_nuclei(fullnet_files, tmp_path / 'anew')
+    assert contents(out) == contents(tmp_path / 'anew') != good
+
+
+def test_an_image_that_moves_to_another_split_leaves_nothing_behind(fullnet_files, tmp_path):
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    (fullnet_files / 'split.json').write_text(json.dumps({'train': ['Breast_A', 'Breast_C'], 'val': ['Liver_B']}))
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    prepare_nuclei(fullnet_files, tmp_path / 'anew')
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'anew')
+
+
+def test_several_processes_make_the_same_files(fullnet_files, tmp_path, recwarn):
+    warnings.simplefilter('always')
+    save_image(fullnet_files / 'labels_instance/Colon_E_label.png', np.zeros((300, 520), np.uint16))
+    for workers in ('1', '2'):
+        prepare_nuclei(fullnet_files, tmp_path / workers, '--workers', workers)
+    assert contents(tmp_path / '1') == contents(tmp_path / '2')
+    assert [str(w.message) for w in recwarn].count('Colon_E_label.png: the label has no object') == 2
+    save_image(fullnet_files / 'labels_instance/Colon_E_label.png', np.ones((300, 519), np.uint16))
+    with pytest.raises(InputError, match='Colon_E_label.png is 519 x 300 pixels, its image 520 x 300'):
+        prepare_nuclei(fullnet_files, tmp_path / '2', '--workers', '2')
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_files(fullnet_files, tmp_path):
+    out = tmp_path / 'out'
+    command = [sys.executable, prepare_data.__file__, '--raw-dir', str(fullnet_files), '--data-dir', str(out)]
+    for files_at_the_kill in (1, 10, 25):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.rglob('*.*'))) < files_at_the_kill:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (out / 'mean_std.npy').exists()
+    prepare_nuclei(fullnet_files, out)
+    prepare_nuclei(fullnet_files, tmp_path / 'whole')
+    assert contents(out) == contents(tmp_path / 'whole')
+
+
+def test_the_report_and_the_contact_sheets(fullnet_files, tmp_path):
+    label = nuclei_label(0).copy()
+    label[:2, :2] = label.max()                                    # a second piece, far from the first
+    assert label[0, 0] not in label[2:4, :4]
+    save_image(fullnet_files / 'labels_instance/Breast_A_label.png', label.astype(np.uint16))
+    prepare_nuclei(fullnet_files, tmp_path / 'out')
+    report = json.loads((tmp_path / 'out/prepare_report.json').read_text())
+    assert list(report['splits']) == ['train', 'val', 'test_same', 'test_diff']
+    areas = np.concatenate([np.bincount(x.ravel())[1:] for x in (label, nuclei_label(1))])
+    assert report['splits']['train']['object_area'] == np.percentile(areas[areas > 0], (5, 25, 50, 75, 95)).round(1).tolist()
+    assert report['splits']['train']['patches'] == 12 and report['splits']['test_same']['patches'] == 0
+    assert report['labels_with_objects_in_pieces']['Breast_A'] == count_objects(label)[1] > 0
+    assert report['mean'] == np.load(tmp_path / 'out/mean_std.npy')[0].tolist() and report['minutes'] >= 0
+    sheet = pixels(tmp_path / 'out/contact_sheet_train.png')
+    assert sheet.shape == (2 * 316, 3 * 520, 3)                    # two images with ternary labels and weight maps
+    tiles = sheet[16:316].reshape(300, 3, 520, 3).swapaxes(0, 1)
+    assert (tiles[0] == (255, 255, 0)).all(2).any()                # contours
+    assert np.array_equal(tiles[1], ternary_label(label))
+    assert pixels(tmp_path / 'out/contact_sheet_test_same.png').shape == (316, 520, 3)
+
+
+# --- One's own data
+
+@pytest.fixture
+def own(tmp_path):
+    """Six images with instance labels of every kind that is read."""
+    label = [random_label(seed, 260, 270, objects=20) % 2000 for seed in range(6)]
+    for seed in range(6):
+        save_image(tmp_path / f'mine/images/case {seed}.png', random_image(seed, 260, 270))
+    folder = tmp_path / 'mine/labels'
+    folder.mkdir()
+    Image.fromarray((label[0] % 256).astype(np.uint8)).save(folder / 'case 0.png')
+    Image.fromarray(label[1].astype(np.uint16)).save(folder / 'case 1_label.png')
+    tifffile.imwrite(folder / 'case 2_anno.tif', label[2].astype(np.uint32) * 7)
+    np.save(folder / 'case 3.npy', label[3].astype(np.int64))
+    savemat(folder / 'case 4.mat', {'inst_map': label[4].astype(float)})
+    (folder / 'case 5.xml').write_text(annotation_xml([rectangle(10, 20, 60, 90)]))
+    label[0] %= 256
+    label[2] *= 7
+    label[5] = instance_label_from_xml(folder / 'case 5.xml', 260, 270)
+    return tmp_path / 'mine', label
+
+
+def prepare_own(folder, out, *options):
+    main(['--img-dir', str(folder / 'images'), '--label-dir', str(folder / 'labels'), '--data-dir', str(out), *options])
+
+
+@pytest.mark.parametrize('like, ending', [('MultiOrgan', ''), ('GlaS', '_anno')])
+def test_own_data_of_every_kind(own, tmp_path, like, ending):
+    folder, labels = own
+    (tmp_path / 'split.json').write_text(json.dumps({'train': ['case 0', 'case 1', 'case 2'], 'val': ['case 3'],
+                                                     'test': ['case 4', 'case 5']}))
+    prepare_own(folder, tmp_path / 'out', '--like', like, '--split', str(tmp_path / 'split.json'))
+    found = {p.stem: p for p in (tmp_path / 'out/labels_instance').rglob('*.*')}
+    for seed, label in enumerate(labels):
+        name = f'case {seed}' + ('_label' if seed < 4 and like == 'MultiOrgan' else ending)
+        assert np.array_equal(read_instance_label(found[name]), label)
+    tests = [p.stem for p in sorted((tmp_path / 'out/images' / ('testA' if ending else 'test_same')).iterdir())]
+    assert tests == ['case 4', 'case 5']
+    name = min((tmp_path / 'out/weight_maps/val').iterdir())
+    weight = encode_weight_map(weight_map(labels[3], sigma={'GlaS': 20.0, 'MultiOrgan': 5.0}[like]))
+    assert np.array_equal(pixels(name), weight if like == 'GlaS' else weight[:250, :250])
+    assert np.array_equal(pixels(next((tmp_path / 'out/images').rglob('case 4.*'))), random_image(4, 260, 270))
+    opt = Options(True).parse(['--dataset', like, '--data-dir', str(tmp_path / 'out')])
+    assert len(train.load_data(opt, 'train', np.load(tmp_path / 'out/mean_std.npy'))) == (3 if ending else 12)
+
+
+def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):
+    prepare_own(own[0], tmp_path / 'out', '--like', 'GlaS', '--fractions', '0.5', '0.2', '0.3', '--seed', '4',
+                '--anchor', 'case 3')
+    images = {p.stem: (p.parent.name, pixels(p)) for p in (tmp_path / 'out/images').rglob('*.bmp')}
+    assert sorted(part for part, _ in images.values()) == ['testA'] * 2 + ['train'] * 3 + ['val']
+    normalizer = Reinhard_normalizer().fit(random_image(3, 260, 270))
+    assert np.array_equal(images['case 1'][1], normalizer.transform(random_image(1, 260, 270)))
+    assert draw_split(list('abcdef'), (0.5, 0.2, 0.3), 4) == draw_split(list('abcdef'), (0.5, 0.2, 0.3), 4)
+    assert draw_split(list('ab'), (0.1, 0.1, 0.8), 0).keys() == {'train', 'val', 'test'}
+
+
+def test_a_turned_photograph_is_prepared_as_it_is_seen(own, tmp_path):
+    folder, labels = own
+    path = folder / 'images/case 3.png'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels(path))).save(path, exif=exif)
+    prepare_own(folder, tmp_path / 'out', '--like', 'GlaS')
+    assert np.array_equal(pixels(next((tmp_path / 'out/images').rglob('case 3.bmp'))), random_image(3, 260, 270))
+
+
+@pytest.mark.parametrize('words, message', [
+    ('--fractions 0.5 0.2 0.2', '--fractions is 0.5 0.2 0.2; expected the shares of train, val and test, which add up'),
+    ('--fractions 1 0 0', 'the first two above 0'),
+    ('--fractions 0.5 0.5', "--fractions is '0.5 0.5'; expected 3 numbers"),
+    ('--split nowhere.json', 'no such file: nowhere.json; expected a JSON object of lists'),
+])
+def test_own_data_with_a_bad_split(own, tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        prepare_own(own[0], tmp_path / 'out', *words.split())
+    assert not (tmp_path / 'out').exists()
+
+
+def test_own_data_that_does_not_match(own, tmp_path):
+    folder = own[0]
+    for words, message in ((['--img-dir', str(folder / 'images')], '--img-dir is given without --label-dir'),
+                           (['--label-dir', str(folder / 'labels')], '--label-dir is given without --img-dir'),
+                           (['--split', 'x.json'], "--split is for one's own data")):
+        with pytest.raises(InputError, match=message):
+            main(['--data-dir', str(tmp_path / 'out'), *words])
+    with pytest.raises(InputError, match='--label-dir .*labels.* would be written into|would be written into the raw'):
+        prepare_own(folder, folder / 'labels/out')
+    (folder / 'images/case 1.png').unlink()
+    with pytest.raises(InputError, match='1 images of instance labels missing in .*images: case 1_label.png'):
+        prepare_own(folder, tmp_path / 'out')
+    (folder / 'labels/case 1_label.png').unlink()
+    (folder / 'labels/case 4.mat').unlink()
+    with pytest.raises(InputError, match='1 instance labels of images missing in .*labels: case 4.png'):
+        prepare_own(folder, tmp_path / 'out')
+    save_image(folder / 'images/case 4.jpg', random_image(4, 260, 270))
+    with pytest.raises(InputError, match='two images of one name in .*: case 4.jpg and case 4.png; keep one'):
+        prepare_own(folder, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'no variable inst_map; expected an instance label of that name'),
+    (b'', 'is not a MATLAB file, or is damaged'), (b'MATLAB 7.3 MAT-file' + b' ' * 200, 'is not a MATLAB file|7.3')])
+def test_mat_files_that_hold_no_label(tmp_path, content, message):
+    path = tmp_path / 'a.mat'
+    savemat(path, {'other': np.ones((2, 2))}) if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_instance_label(path)
 
 
 @pytest.mark.parametrize('out', ['raw', 'raw/out', 'raw/../raw/normalized'])
@@ -602,8 +824,25 @@ def test_monuseg_images_outside_the_published_split_are_named(monuseg, tmp_path)
     with pytest.warns(UserWarning) as notes:
         prepare_nuclei(monuseg, tmp_path / 'out')
     messages = [str(note.message) for note in notes]
-    assert '1 images are not in the published split and are not used: TCGA-ZZ-0000' in messages
+    assert '1 images are not in the published split and are not used (--others puts them into one): TCGA-ZZ-0000' \
+        in messages
     assert any(message.startswith('26 images of the published split are not there: Breast_') for message in messages)
+
+
+@pytest.mark.filterwarnings('ignore:.*images of the published split are not there')
+def test_monuseg_images_outside_the_published_split_go_where_told(monuseg, tmp_path):
+    Image.fromarray(random_image(9, 260, 260)).save(monuseg / 'TCGA-ZZ-0000.tif')
+    with pytest.raises(InputError, match='1 images or annotations are missing in .*: TCGA-ZZ-0000.xml'):
+        prepare_nuclei(monuseg, tmp_path / 'out', '--others', 'train')
+    (monuseg / 'TCGA-ZZ-0000.xml').write_text(annotation_xml([rectangle(10, 20, 60, 90)]))
+    prepare_nuclei(monuseg, tmp_path / 'out', '--others', 'test_diff')
+    assert [p.name for p in (tmp_path / 'out/images/test_diff').iterdir()] == ['TCGA-ZZ-0000.png']
+    assert read_instance_label(tmp_path / 'out/labels_instance/test/TCGA-ZZ-0000.png').max() == 1
+
+
+def test_normalised_images_are_not_normalised_again(fullnet_files, tmp_path):
+    with pytest.raises(InputError, match='raw holds images whose colours are normalised already; leave --anchor out'):
+        prepare_nuclei(fullnet_files, tmp_path / 'out', '--anchor', 'Breast_A')
 
 
 def test_monuseg_files_without_a_partner_are_named(monuseg, tmp_path):
@@ -643,7 +882,9 @@ def glas(tmp_path):
     palette.putpalette([255 - value // 3 for value in range(768)])
     palette.putdata(gland_label(0).ravel().tolist())
     palette.save(raw / 'train_1_anno.bmp')
-    (raw / 'Grade.csv').write_text('name,grade\n')
+    (raw / 'Grade.csv').write_text('name,patient ID, grade (GlaS), grade (Sirinukunwattana et al. 2015)\n'
+                                   'testA_1, 1, benign, adenomatous\ntestA_2, 2, malignant, moderate\n'
+                                   'testB_1, 2, malignant, moderate\n')
     return raw
 
 
@@ -669,7 +910,7 @@ def test_glas_gives_the_whole_layout(glas, tmp_path):
     for part, names in (('testA', ('testA_1', 'testA_2')), ('testB', ('testB_1',))):
         for name in names:
             expected += [f'images/{part}/{name}.bmp', f'labels_instance/{part}/{name}_anno.bmp']
-    assert sorted(contents(out)) == sorted(expected)
+    assert layout(out) == sorted(expected)
 
     part = 'train' if 'train_1' in train else 'val'
     label = gland_label(0)
@@ -679,6 +920,16 @@ def test_glas_gives_the_whole_layout(glas, tmp_path):
     assert np.array_equal(pixels(out / f'weight_maps/{part}/train_1_anno_weight.png'),
                           encode_weight_map(weight_map(label, 10.0, 20.0)))
     assert np.array_equal(np.load(out / 'mean_std.npy'), compute_mean_std(glas / f'{n}.bmp' for n in train + val))
+
+
+def test_glas_grades_are_counted(glas, tmp_path):
+    prepare_glands(glas.parent, tmp_path / 'out')
+    grades = json.loads((tmp_path / 'out/prepare_report.json').read_text())['grades']
+    assert grades['testA'] == {'benign': 1, 'malignant': 1} and grades['testB'] == {'malignant': 1}
+    assert grades['train'] == {'unknown': 4}
+    (glas / 'Grade.csv').write_text('x\n')
+    with pytest.warns(UserWarning, match='Grade.csv names none of the images; expected lines of name, patient, grade'):
+        prepare_glands(glas.parent, tmp_path / 'out')
 
 
 def test_glas_split_is_seeded(tmp_path):
