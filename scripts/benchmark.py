@@ -1,9 +1,10 @@
 """Speed and memory of this code beside the plain version, measured in one run.
 
-    python scripts/benchmark.py [step | memory | profile | loss | loader | all] [--batch 2] [--repeats 5] [--threads 2]
+    python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | all] [--batch 2] [--repeats 5] [--threads 2]
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
-loop over the instances in the loss, an elastic deformation for every channel. The versions take turns in every
+loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
+ternary labels and weight maps. The versions take turns in every
 repeat, so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory
 runs each version in a process of its own, and the plain one needs over 17 GB at batch 8.
 """
@@ -21,13 +22,18 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import read_instance_label                                             # noqa: E402
 from FullNet import FullNet                                                          # noqa: E402
 from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy    # noqa: E402
 from my_transforms import RandomElastic, get_transforms                              # noqa: E402
+from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,     # noqa: E402
+                          read_xml_regions, ternary_label)
+from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
 
 SIZE = 208
 MODES = {'plain': dict(mode='plain'), 'plain, channels last': dict(mode='plain'), 'fast': dict(mode='fast'),
@@ -274,16 +280,110 @@ def benchmark_loader(args):
     torch.set_num_threads(args.threads)
 
 
+def made_up_label(n, size=1000, seed=0):
+    """Instance label, int32 (size, size), of n discs on a jittered grid."""
+    rng = np.random.default_rng(seed)
+    side = int(np.ceil(np.sqrt(n)))
+    cell = size / side
+    label = np.zeros((size, size), np.int32)
+    for k, (row, column) in enumerate(np.argwhere(np.ones((side, side)))[:n], 1):
+        y, x = (np.array([row, column]) + rng.uniform(0.4, 0.6, 2)) * cell
+        radius = rng.uniform(0.3, 0.48) * cell
+        top, left = max(int(y - radius), 0), max(int(x - radius), 0)
+        rows, columns = np.mgrid[top:min(int(y + radius) + 2, size), left:min(int(x + radius) + 2, size)]
+        label[rows, columns] = np.where(np.hypot(rows - y, columns - x) < radius, k, label[rows, columns])
+    return label
+
+
+def plain_ternary_label(label):
+    """As published: an erosion and a dilation of the whole image for every object."""
+    inside, contour = np.zeros(label.shape, bool), np.zeros(label.shape, bool)
+    for value in np.unique(label[label > 0]):
+        mask = label == value
+        eroded = ndimage.binary_erosion(mask, border_value=1)
+        inside |= eroded
+        contour |= ndimage.binary_dilation(mask) & ~eroded
+    return np.stack([inside, contour, ~(inside | contour)], axis=-1) * np.uint8(255)
+
+
+def plain_weight_map(label, w0, sigma):
+    """A distance transform of the whole image for every object, and the two smallest at every pixel."""
+    boundary, boxes = object_boundaries(label)
+    nearest = second = np.full(label.shape, np.inf)
+    for index in range(1, len(boxes) + 1):
+        distance = ndimage.distance_transform_edt(boundary != index)
+        second = np.minimum(second, np.maximum(nearest, distance))
+        nearest = np.minimum(nearest, distance)
+    return w0 * np.exp(-(nearest + second) ** 2 / (2 * sigma ** 2))
+
+
+def benchmark_prepare(args):
+    labels = {f'{n} made-up objects': made_up_label(n) for n in (400, 1900)}
+    shared = Path(__file__).resolve().parents[2] / 'shared/data/MultiOrgan'
+    for name in ('Breast_TCGA-A7-A13E-01Z-00-DX1', 'Kidney_TCGA-HE-7130-01Z-00-DX1'):
+        path = shared / 'labels_instance' / f'{name}_label.png'
+        if path.is_file():
+            label = read_instance_label(path)
+            labels[f'{name}, {len(np.unique(label)) - 1} objects'] = label
+    print('Preparation of an image of 1000 x 1000 pixels, one process, seconds (best of 3; plain once)')
+    rows = []
+    for name, label in labels.items():
+        for what, ours, plain in (
+                ('ternary label', partial(ternary_label, label), partial(plain_ternary_label, label)),
+                *((f'weight map, sigma {sigma}', partial(weight_map, label, 10, sigma),
+                   partial(plain_weight_map, label, 10, sigma)) for sigma in (5, 20))):
+            start = time.perf_counter()
+            expected = plain()
+            plain_seconds = time.perf_counter() - start
+            seconds = min(take_turns({'ours': ours}, 3)['ours'])
+            found = ours()
+            largest = np.abs(found.astype(float) - expected).max()
+            if 'weight' in what:
+                same = (encode_weight_map(found) == encode_weight_map(expected)).all()
+            rows.append((f'{name}: {what}', f'{seconds:.3f}', f'{plain_seconds:.1f}', f'{plain_seconds / seconds:.0f}',
+                         f'{largest:.1e}', ('yes' if same else 'NO') if 'weight' in what else ''))
+    print_table(('', 'ours', 'plain', 'x plain', 'largest difference', '8 bits equal'), rows)
+
+    print('Cost against the number of objects on the same area, seconds (best of 3)')
+    print_table(('objects', 'ternary label', 'sigma 5', 'sigma 20'), [
+        (n, *(f'{min(take_turns({"": f}, 3)[""]):.3f}' for f in (
+            partial(ternary_label, label), partial(weight_map, label, 10, 5), partial(weight_map, label, 10, 20))))
+        for n, label in ((n, made_up_label(n)) for n in (200, 400, 800, 1600))])
+
+    for path in sorted((shared / 'original/annotations').glob('*.xml')):
+        seconds = min(take_turns({'': partial(instance_label_from_xml, path, 1000, 1000)}, 3)[''])
+        print(f'{path.name}, {len(read_xml_regions(path))} regions: {seconds:.3f} s')
+    done = subprocess.run([sys.executable, __file__, 'one_image'], capture_output=True, text=True, check=True)
+    print(f'Peak memory of preparing one image in a process of its own: {done.stdout.strip()}')
+
+
+def peak_memory():
+    """Largest resident memory of this process so far, in GB. Linux's ru_maxrss would count the parent's too."""
+    status = Path('/proc/self/status')
+    if status.exists():
+        return int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
+
+
+def one_image(args):
+    imports = peak_memory()
+    label = made_up_label(1900)
+    image = Reinhard_normalizer().fit(ternary_label(label)).transform(ternary_label(label))
+    preview({'image': image, 'instance': label, 'ternary': ternary_label(label),
+             'weight': encode_weight_map(weight_map(label, 10, 20))})
+    print(f'{peak_memory() - imports:.2f} GB above the {imports:.2f} GB of the imports')
+
+
 def one_step(args):
     make_step(args.mode, args.batch)()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)       # kibibytes on Linux
+    print(peak_memory())
 
 
 def main():
     benchmarks = {'step': (benchmark_step, benchmark_gradients), 'memory': (benchmark_memory,),
-                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,)}
+                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,), 'prepare': (benchmark_prepare,)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, 'all', 'one_step'])
+    parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, 'all', 'one_step', 'one_image'])
     parser.add_argument('--batch', type=int, help='patches per step; by default 2, and 8 for memory')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=2)
@@ -292,8 +392,8 @@ def main():
     args.batch_given = args.batch is not None
     args.batch = args.batch or 2
     torch.set_num_threads(args.threads)
-    if args.what == 'one_step':
-        return one_step(args)
+    if args.what.startswith('one_'):                             # called by the memory benchmarks
+        return {'one_step': one_step, 'one_image': one_image}[args.what](args)
     for name, functions in benchmarks.items():
         if args.what in (name, 'all'):
             for function in functions:
