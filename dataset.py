@@ -390,5 +390,6 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 def ignore_interrupt(worker):
-    """For the loader's processes: Ctrl-C is the training process's business, which stops them in good order."""
+    """For processes that help: Ctrl-C and SIGTERM, which often reach all, are the main one's business, which ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
