@@ -14,6 +14,8 @@ from utils import InputError
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
 LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
+WHOLE_SLIDE_EXTENSIONS = ('.svs', '.ndpi', '.mrxs', '.scn', '.vsi', '.czi', '.bif', '.vms')
+WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for instance with QuPath (File > Export images)'
 MAX_MEGAPIXELS = 1000
 
 Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
@@ -23,8 +25,8 @@ Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is check
 # Folders
 # ---------------------------------------------------------------------------------------------------
 
-def list_images(folder, extensions=IMAGE_EXTENSIONS):
-    """Sorted paths of the image files in `folder` (hidden files skipped).
+def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
+    """Sorted paths of the image files in `folder` (hidden files skipped); `name_others` names what else is there.
 
     Raises InputError if `folder` is missing, is a file, holds no image, or two images of one stem.
     """
@@ -36,8 +38,13 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS):
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
     paths = [folder / n for n in names if Path(n).suffix.lower() in extensions]
     if not paths:
+        slide = next((n for n in names if Path(n).suffix.lower() in WHOLE_SLIDE_EXTENSIONS), None)
         raise InputError(f'no images in {folder}: looked for {" ".join(extensions)}, '
-                         f'saw {", ".join(names[:5]) or "an empty folder"}')
+                         f'saw {", ".join(names[:5]) or "an empty folder"}' + (f'; {WHOLE_SLIDE}' if slide else ''))
+    others = [n for n in names if folder / n not in paths]
+    if name_others and others:
+        note(f'{len(others)} files in {folder} are not images and are skipped: ' + ', '.join(others[:5])
+             + ', ...' * (len(others) > 5))
     by_stem = {}
     for path in paths:
         by_stem.setdefault(path.stem, []).append(path.name)
@@ -86,6 +93,8 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
         raise InputError(f'no such file: {path}' if not path.exists() else f'expected a file, found a folder: {path}')
     if path.stat().st_size == 0:
         raise InputError(f'{path} is empty (0 bytes); copy it again')
+    if path.suffix.lower() in WHOLE_SLIDE_EXTENSIONS:
+        raise InputError(f'{path}: {WHOLE_SLIDE}')
     try:
         image = Image.open(path)
     except (Image.UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ignore_interrupt, image_size, list_images,
                      missing_files_message, note, open_image, read_image, read_instance_label)
 from options import Options
-from utils import InputError, atomic_path, run_script, save_image, save_instances, write_text
+from utils import InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
 from weight_map import encode_weight_map, label_name, weight_map
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -775,11 +775,6 @@ def read_record(path):
 
 def write_record(path, record):
     write_text(path, json.dumps(record) + '\n')
-
-
-def sha256_of(path):
-    """Hash of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _is_intact(path, sha256):

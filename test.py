@@ -1,24 +1,56 @@
-"""Segment images with a trained network, and score the result: `python test.py`; an empty label_dir means no scores."""
+"""Segment images with a trained network, and score the result: `python test.py`; an empty label_dir means no scores.
+
+From Python: `from test import segment; label, probabilities = segment(image, 'checkpoint_best.pth.tar')`.
+"""
+import csv
+import hashlib
+import io
+import json
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from skimage.measure import regionprops
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from dataset import check_mean_std, find_labels, list_images, load_mean_std, read_image, read_instance_label
 from my_transforms import get_transforms
 from options import Options
-from utils import (AverageMeter, InputError, accuracy_pixel_level, build_model, choose_device,
-                   gland_accuracy_object_level, load_checkpoint, load_weights, nuclei_accuracy_object_level,
-                   post_process, predict_probabilities, run_script, save_image, save_instances, split_forward,
+from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level, build_model,
+                   choose_device, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
+                   nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
+                   predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
                    write_text)
 
 METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
     'GlaS': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff'),
 }
+PUBLISHED = 'published code, mean over images: '
+DEFINITIONS = {           # of {set}_metrics.json
+    'published_pixel_acc': PUBLISHED + 'share of pixels on which foreground and background agree',
+    'published_recall': PUBLISHED + 'MultiOrgan: any overlap is a hit; GlaS: a prediction that covers half of the object',
+    'published_precision': PUBLISHED + 'as published_recall, over the predictions',
+    'published_F1': PUBLISHED + 'harmonic mean of these two',
+    'published_Dice': PUBLISHED + 'MultiOrgan: mean over matched pairs; GlaS: area-weighted, over all objects',
+    'published_IoU': PUBLISHED + 'as published_Dice',
+    'published_Hausdorff': PUBLISHED + 'as published_Dice, in pixels',
+    'published_AJI': PUBLISHED + 'ground truth in raster order takes each prediction once',
+    'aji': "MoNuSeg's AJI: every ground-truth object with its best prediction",
+    'aji_plus': 'AJI with the one-to-one pairs of the largest summed IoU',
+    'pq': 'panoptic quality, dq * sq', 'dq': 'F1 at IoU > 0.5', 'sq': 'mean IoU of the pairs with IoU > 0.5',
+    'f1': 'F1 at IoU > 0.5', 'ap50': 'TP / (TP + FP + FN) at IoU >= 0.5', 'map': 'mean of that at 0.5, 0.55, ..., 0.95',
+    'dice': 'Dice of the foreground pixels',
+}
+OBJECT_COLUMNS = ('id', 'centroid_y', 'centroid_x', 'bbox_top', 'bbox_left', 'bbox_bottom', 'bbox_right', 'area',
+                  'perimeter', 'eccentricity', 'solidity', 'mean_inside_probability')
+HIT, MISSED, FALSE = (40, 230, 60), (60, 140, 255), (255, 50, 40)           # colours of contours in the overlay
+UNLABELLED = (255, 255, 0)
+N_COLOURS = 12                                                              # of the coloured picture
 # mean and standard deviation of the published data sets, for a published checkpoint without its mean_std.npy
 PUBLISHED_MEAN_STD = {
     'MultiOrgan': [[0.74408994, 0.53806349, 0.66497889], [0.15811703, 0.19705941, 0.15046222]],
@@ -33,40 +65,58 @@ def main(argv=None):
     device = choose_device(test['gpu'])
     checkpoint = load_checkpoint(test['model_path'])
     take_model_of_checkpoint(opt, checkpoint)
-    model = build_model(opt.model)
-    load_weights(model, checkpoint['state_dict'], opt.model, test['model_path'])
-    model.to(device).eval()
-    predict = make_predictor(model, opt, find_mean_std(opt, checkpoint), device)
+    mean_std = find_mean_std(opt, checkpoint)
+    model = load_model(opt, checkpoint, device)
 
     # 2. images and labels
-    images = list_images(test['img_dir'])
+    single = Path(test['img_dir']).is_file()
+    images = [Path(test['img_dir'])] if single else list_images(test['img_dir'], name_others=True)
     labels = [None] * len(images)
     if test['label_dir']:
         labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
-    save_dir, set_name = Path(test['save_dir']), Path(test['img_dir']).resolve().name
-    opt.save(save_dir)
+    set_name = (images[0] if single else Path(test['img_dir']) / 'x').resolve().parent.name
+    out = Results(Path(test['save_dir']), set_name, opt, mean_std)
+    opt.save(out.folder)
 
     # 3. every image: probabilities, instances, scores
-    results = {}
     for path, label_path in zip(tqdm(images, desc=set_name, disable=None), labels):
+        if out.is_finished(path, label_path) and not test['overwrite']:
+            continue
         image = read_image(path, test['max_megapixels'], test['scale_16bit'])
         label = None
         if label_path is not None:
-            label = read_instance_label(label_path, image.shape[:2], test['binary_labels'])
-        probabilities = predict_probabilities(predict, image, test['tta'])
-        segmentation = post_process(probabilities.argmax(axis=2) == 1, opt.post['min_area'], opt.post['radius'],
-                                    original_size=image.shape[:2])
-        if label is not None:
-            results[path.stem] = score(segmentation, label, opt.dataset)
+            label = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
+        bands = probability_bands(model, opt, mean_std, device, image)
+        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post)
+        scores = score(segmentation, label, opt.dataset) if label is not None else None
         if test['save_flag']:
-            save_results(save_dir, set_name, path.stem, probabilities, segmentation)
+            out.save_images(path.stem, image, segmentation, inside, contour, label)
+        out.finish(path.stem, scores)
+    if out.kept:
+        print(f'{len(out.kept)} images were finished before with the same options and weights and are kept '
+              f'(--overwrite True computes them again)')
 
-    # 4. table of results
-    if results:
-        table = results_table(results, METRICS[opt.dataset])
-        write_text(save_dir / f'{set_name}_test_result.txt', table)
-        print(table, end='')
-    print(f'{len(images)} images; results in {save_dir}')
+    # 4. tables of results
+    if test['label_dir']:
+        print(out.save_tables([path.stem for path in images]), end='')
+    print(f'{len(images)} images; results in {out.folder}')
+
+
+def segment(image, checkpoint, *words):
+    """Segment one image with a checkpoint, as test.py does.
+
+    image: uint8 (H, W, 3) RGB. checkpoint: path. words: further options, as on the command line ('--tta', 'none').
+    Returns the instance label, int32 (H, W), and the probability maps, float32 (H', W', classes), (H', W') = (H, W)
+    unless a transform scales the image. Raises InputError.
+    """
+    opt = Options(isTrain=False).parse(['--model-path', str(checkpoint), *words])
+    device = choose_device(opt.test['gpu'])
+    loaded = load_checkpoint(checkpoint)
+    take_model_of_checkpoint(opt, loaded)
+    model = load_model(opt, loaded, device)
+    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, np.asarray(image))
+    probabilities = np.concatenate([band for band in bands])
+    return segment_bands([probabilities], image.shape[:2], opt.post)[0], probabilities
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -100,35 +150,77 @@ def find_mean_std(opt, checkpoint):
     return np.array(PUBLISHED_MEAN_STD[opt.dataset])
 
 
-def make_predictor(model, opt, mean_std, device):
-    """A function from an RGB image, uint8 (H, W, 3), to probability maps, float32 (H', W', classes)."""
-    params = dict(opt.transform['test'])
+def load_model(opt, checkpoint, device):
+    """The network with the checkpoint's weights, ready to test."""
+    model = build_model(opt.model)
+    load_weights(model, checkpoint['state_dict'], opt.model, opt.test['model_path'])
+    return model.set_mode('auto', amp=opt.test['amp']).to(device).eval()
+
+
+def probability_bands(model, opt, mean_std, device, image):
+    """Probability maps of an image, uint8 (H, W, 3): float32 (rows, W', classes), band by band from top to bottom.
+
+    Sliding window unless patch_size is 0; then the network sees the whole image at once, in one band.
+    """
+    params, test = dict(opt.transform['test']), opt.test
     if params.pop('normalize', False):
         params['normalize'] = mean_std
+    scale = get_transforms({name: params.pop(name) for name in ('scale',) if name in params})
     transform = get_transforms(params)
-    patch_size, overlap = opt.test['patch_size'], opt.test['overlap']
+    precision = MixedPrecision(device, test['amp'])
 
     @torch.inference_mode()
-    def predict(image):
-        input = transform([Image.fromarray(image)])[0][None].to(device)
-        if patch_size:
-            logits = split_forward(model, input, patch_size, overlap, opt.model['out_c'])
-        else:
-            logits = model(input)
-        return torch.softmax(logits, dim=1)[0].permute(1, 2, 0).cpu().numpy()
+    def predict(windows, shape):
+        """Probabilities (n, H, W, classes) of n windows, uint8 (h, w, 3), zero-padded to shape (H, W) once normalised."""
+        inputs = [transform([Image.fromarray(window)])[0] for window in windows]
+        inputs = torch.stack([F.pad(x, (0, shape[1] - x.shape[2], 0, shape[0] - x.shape[1])) for x in inputs])
+        with precision.autocast():
+            logits = model(inputs.to(device))
+        return torch.softmax(logits.float(), dim=1).permute(0, 2, 3, 1).cpu().numpy()
 
-    return predict
+    if test['patch_size']:
+        image = np.asarray(scale([Image.fromarray(image)])[0])
+        for _, _, band in predict_in_bands(predict, image, test['patch_size'], test['overlap'], test['tta'],
+                                           opt.model['out_c'], test['batch_size']):
+            yield band
+    else:
+        def whole(oriented):
+            oriented = np.asarray(scale([Image.fromarray(oriented)])[0])
+            return predict([oriented], oriented.shape[:2])[0]
+        yield predict_probabilities(whole, image, test['tta'])
+
+
+def segment_bands(bands, image_shape, post):
+    """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
+
+    The maps hold 255 times the probability. image_shape: (H, W).
+    """
+    classes, inside, contour = [], [], []
+    for band in bands:
+        classes.append(band.argmax(axis=2) == 1)
+        inside.append(np.round(band[..., 1] * 255).astype(np.uint8))
+        contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
+        del band                                                     # before the next one is made
+    label = post_process(np.concatenate(classes), post['min_area'], post['radius'], image_shape)
+    return label, np.concatenate(inside), np.concatenate(contour)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Scores and files
 # ---------------------------------------------------------------------------------------------------
 
+class Scores(NamedTuple):
+    """Of one image. published: the values of METRICS. table: its OverlapTable without the maps."""
+    published: list
+    table: object
+
+
 def score(segmentation, label, dataset):
-    """The values of METRICS[dataset] for one image: pixel accuracy of the foreground, then the object-level scores."""
+    """Scores of one image: pixel accuracy of the foreground and the published object-level metrics; all overlaps."""
     pixel_acc = accuracy_pixel_level(segmentation[None] > 0, label[None] > 0)[0]
     object_level = nuclei_accuracy_object_level if dataset == 'MultiOrgan' else gland_accuracy_object_level
-    return [pixel_acc, *object_level(segmentation, label)]
+    table = overlap_table(segmentation, label)._replace(pred_map=None, gt_map=None)
+    return Scores([float(pixel_acc), *map(float, object_level(segmentation, label))], table)
 
 
 def results_table(results, columns):
@@ -141,25 +233,198 @@ def results_table(results, columns):
     return '\n'.join('\t'.join([row[0], *row[1]]) if row else '' for row in rows) + '\n'
 
 
-def save_results(save_dir, set_name, name, probabilities, segmentation):
-    """Probability maps (8-bit, 255 = probability 1), instance ids as TIFF, and a coloured picture of them."""
-    for channel, kind in ((1, 'inside'), (2, 'contour')):
-        path = save_dir / f'{set_name}_prob_maps' / f'{name}_prob_{kind}.png'
-        save_image(path, np.round(probabilities[..., channel] * 255).astype(np.uint8))
-    folder = save_dir / f'{set_name}_segmentation'
-    save_instances(folder / f'{name}_seg.tiff', segmentation)
-    save_image(folder / f'{name}_seg_colored.png', colour_instances(segmentation))
+class Results:
+    """What test.py writes into `folder`: {set}_prob_maps/, {set}_segmentation/, {set}_records/ and the tables.
+
+    A record remembers of an image what it was computed of and its scores, so that it need not be computed again.
+    """
+
+    def __init__(self, folder, set_name, opt, mean_std):
+        self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
+        ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
+                   'batch_size', 'overwrite')
+        self.made_of = [opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(), sha256_of(opt.test['model_path']),
+                        {name: value for name, value in opt.test.items() if name not in ignored}]
+        self.records, self.kept = {}, []
+
+    def path(self, kind, name, ending):
+        return self.folder / f'{self.set_name}_{kind}' / f'{name}{ending}'
+
+    def is_finished(self, path, label_path):
+        """Whether the image was finished with the same options, weights, image and label; then its record is taken."""
+        key = hashlib.sha256(json.dumps([self.made_of, sha256_of(path), label_path and sha256_of(label_path)]
+                                        ).encode()).hexdigest()
+        self.records[path.stem] = {'key': key}
+        try:
+            record = json.loads(self.path('records', path.stem, '.json').read_text(encoding='utf-8'))
+            finished = record['key'] == key and all((self.folder / file).is_file() for file in record['files'])
+        except (OSError, ValueError, KeyError, TypeError):                   # none, or not one of ours
+            return False
+        if finished:
+            self.records[path.stem] = record
+            self.kept.append(path.stem)
+        return finished
+
+    def save_images(self, name, image, segmentation, inside, contour, label):
+        """Probability maps, instances, table of objects, overlay and coloured picture. image is drawn on."""
+        files = []
+
+        def place(kind, ending):
+            files.append(self.path(kind, name, ending))
+            return files[-1]
+        save_image(place('prob_maps', '_prob_inside.png'), inside)
+        save_image(place('prob_maps', '_prob_contour.png'), contour)
+        save_instances(place('segmentation', '_seg.tiff'), segmentation)
+        matches = None if label is None else match_objects(segmentation, label)
+        write_text(place('segmentation', '_objects.csv'), objects_csv(segmentation, inside, matches))
+        save_image(place('segmentation', '_overlay.png'), draw_overlay(image, segmentation, label, matches))
+        save_image(place('segmentation', '_seg_colored.png'), colour_instances(segmentation))
+        self.records[name]['files'] = [file.relative_to(self.folder).as_posix() for file in files]
+
+    def finish(self, name, scores):
+        """Write the record of an image."""
+        record = {'files': [], **self.records[name]}
+        if scores is not None:
+            table = {field: value if isinstance(value, int) else np.asarray(value).tolist()
+                     for field, value in scores.table._asdict().items() if field not in ('pred_map', 'gt_map')}
+            record |= {'published': scores.published, 'overlaps': table}
+        self.records[name] = record
+        write_text(self.path('records', name, '.json'), json.dumps(record) + '\n')
+
+    def save_tables(self, names):
+        """`{set}_test_result.txt` as published, which is returned, and all metrics as `{set}_metrics.csv` and `.json`."""
+        published = {name: self.records[name]['published'] for name in names}
+        text = results_table(published, METRICS[self.dataset])
+        write_text(self.folder / f'{self.set_name}_test_result.txt', text)
+
+        tables = {name: table_of(self.records[name]['overlaps']) for name in names}
+        columns = [f'published_{column}' for column in METRICS[self.dataset]]
+        images = {name: dict(zip(columns, published[name])) | without_published(standard_metrics_of(tables[name]))
+                  for name in sorted(names)}
+        meter = AverageMeter(len(images[names[0]]))
+        for row in images.values():
+            meter.update(list(row.values()))
+        mean = dict(zip(images[names[0]], meter.avg.tolist()))
+        pooled = dict.fromkeys(columns) | without_published(standard_metrics_of(pool(list(tables.values()))))
+        rows = {**images, 'mean': mean, 'pooled': pooled}
+        rows = {name: {key: None if value is None or np.isnan(value) else value for key, value in row.items()}
+                for name, row in rows.items()}
+        summary = {'dataset': self.dataset, 'set': self.set_name, 'definitions': {key: DEFINITIONS[key] for key in mean},
+                   'images': {name: rows[name] for name in images}, 'mean': rows['mean'], 'pooled': rows['pooled']}
+        write_text(self.folder / f'{self.set_name}_metrics.json', json.dumps(summary, indent=1) + '\n')
+        lines = [['image', *mean]] + [[name, *('' if value is None else f'{value:.6f}' for value in row.values())]
+                                      for name, row in rows.items()]
+        write_text(self.folder / f'{self.set_name}_metrics.csv', csv_text(lines))
+        return text
 
 
-def colour_instances(label):
-    """RGB picture, uint8 (H, W, 3), of an instance label: the same colour for the same id, black background."""
-    ids = np.arange(1, label.max(initial=0) + 1)
-    hue = ids * 0.618034 % 1                                   # the golden ratio spreads neighbouring ids
-    value = 0.6 + 0.4 * (ids * 0.381966 % 1)
+def table_of(stored):
+    """The OverlapTable of a record."""
+    return OverlapTable(None, None, **{field: value if isinstance(value, int) else np.array(
+        value, float if field == 'iou' else int) for field, value in stored.items()})
+
+
+def without_published(metrics):
+    """Without aji_fullnet, which is published_AJI."""
+    return {name: value for name, value in metrics.items() if name != 'aji_fullnet'}
+
+
+def csv_text(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    return text.getvalue()
+
+
+def objects_csv(segmentation, inside, matches=None):
+    """One line per object, as CSV: OBJECT_COLUMNS, and with `matches` (`match_objects`) matched_id and matched_iou.
+
+    Lengths in pixels; the bounding box is top, left and, one behind the last, bottom, right.
+    mean_inside_probability is that of the stored map, uint8, resized to the segmentation.
+    """
+    if inside.shape != segmentation.shape:
+        inside = np.asarray(Image.fromarray(inside).resize(segmentation.shape[::-1], Image.BILINEAR))
+    rows = [[*OBJECT_COLUMNS, *(('matched_id', 'matched_iou') if matches is not None else ())]]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                # objects too small to have a convex hull
+        for region in tqdm(regionprops(segmentation, inside), desc='objects', disable=None, leave=False, delay=5):
+            row = [region.label, *(f'{x:.2f}' for x in region.centroid), *region.bbox, int(region.area),
+                   f'{region.perimeter:.2f}', f'{region.eccentricity:.4f}', f'{region.solidity:.4f}',
+                   f'{region.intensity_mean / 255:.4f}']
+            if matches is not None:
+                matched, iou = matches.get(region.label, ('', None))
+                row += [matched, '' if iou is None else f'{iou:.4f}']
+            rows.append(row)
+    return csv_text(rows)
+
+
+def draw_overlay(image, segmentation, label=None, matches=None):
+    """The image, uint8 (H, W, 3), with the contours of the objects drawn into it.
+
+    With ground truth: hits, false objects and missed ones in three colours, and a legend below. A hit is a pair of
+    `match_objects` with IoU >= 0.5.
+    """
+    if label is None:
+        draw_contours(image, segmentation, np.full((segmentation.max(initial=0) + 1, 3), UNLABELLED, np.uint8))
+        return image
+    hits = {pred: gt for pred, (gt, iou) in matches.items() if iou >= 0.5}
+    ids = np.unique(label)
+    missed = np.isin(label, np.setdiff1d(ids, list(hits.values()))) * label
+    draw_contours(image, missed, MISSED)
+    colours = np.full((segmentation.max(initial=0) + 1, 3), FALSE, np.uint8)
+    colours[list(hits)] = HIT
+    draw_contours(image, segmentation, colours)
+    n_false, n_missed = int((np.bincount(segmentation.ravel())[1:] > 0).sum()) - len(hits), (ids > 0).sum() - len(hits)
+    legend = Image.new('RGB', (image.shape[1], 20), 'black')
+    draw, x = ImageDraw.Draw(legend), 4
+    for text, colour in ((f'{len(hits)} hits (IoU >= 0.5)', HIT), (f'{n_missed} missed', MISSED),
+                         (f'{n_false} false', FALSE)):
+        draw.text((x, 4), text, fill=colour)
+        x += draw.textlength(text) + 16
+    return np.concatenate([image, np.asarray(legend)])
+
+
+def draw_contours(image, label, colours, rows=2048):
+    """Colour the pixels of objects that have a 4-neighbour outside their object. colours: (3,), or (ids, 3)."""
+    height, width = label.shape
+    for top in range(0, height, rows):                                   # in pieces, for large images
+        padded = np.pad(label[max(top - 1, 0):top + rows + 1], ((int(top == 0), int(top + rows >= height)), (1, 1)))
+        centre = padded[1:-1, 1:-1]
+        border = np.zeros(centre.shape, bool)
+        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+            border |= neighbour != centre
+        border &= centre > 0
+        image[top:top + rows][border] = colours if np.ndim(colours) == 1 else colours[centre[border]]
+
+
+def colour_instances(label, rows=2048):
+    """RGB picture, uint8 (H, W, 3), of an instance label, int (H, W): black background, touching objects differ.
+
+    Each object in order of its id gets the first colour, from one that depends on its id on, that no touching object
+    of lower id has.
+    """
+    hue = np.arange(N_COLOURS) / N_COLOURS
     phase = (hue[:, None] + np.array([1, 2 / 3, 1 / 3])) % 1
-    colours = value[:, None] * (1 - 0.8 * np.clip(2 - np.abs(phase * 6 - 3), 0, 1))
-    palette = np.concatenate([np.zeros((1, 3)), colours * 255]).astype(np.uint8)
-    return palette[label]
+    colours = (0.7 + 0.3 * (np.arange(N_COLOURS) % 2))[:, None] * (1 - 0.75 * np.clip(2 - np.abs(phase * 6 - 3), 0, 1))
+    chosen = {}
+    for low, high in touching_pairs(label):
+        chosen.setdefault(high, set()).add(low)
+    number = np.arange(label.max(initial=0) + 1) * 7 % N_COLOURS
+    for high in sorted(chosen):
+        taken = {number[low] for low in chosen[high]}
+        number[high] = next((k for k in range(number[high], number[high] + N_COLOURS) if k % N_COLOURS not in taken),
+                            number[high]) % N_COLOURS
+    palette = (colours * 255).astype(np.uint8)[number]
+    palette[0] = 0
+    return np.concatenate([palette[label[top:top + rows]] for top in range(0, len(label), rows)])
+
+
+def touching_pairs(label):
+    """Pairs (lower id, higher id) of objects with 4-neighbouring pixels; list of pairs of int, sorted."""
+    pairs = []
+    for a, b in ((label[:, :-1], label[:, 1:]), (label[:-1], label[1:])):
+        touch = (a != b) & (a > 0) & (b > 0)
+        pairs.append(np.stack([np.minimum(a[touch], b[touch]), np.maximum(a[touch], b[touch])], axis=1))
+    return np.unique(np.concatenate(pairs), axis=0).tolist()
 
 
 if __name__ == '__main__':

@@ -1,5 +1,4 @@
 """Train FullNet: `python train.py`, with the options of options.py or the command line."""
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -20,8 +19,9 @@ from dataset import DataFolder, EpochBatches, ignore_interrupt, load_mean_std
 from loss import VarCELoss
 from my_transforms import get_transforms
 from options import Options
-from utils import (AverageMeter, InputError, StopRequest, WeightAverage, accuracy_pixel_level, atomic_path, build_model,
-                   choose_device, load_checkpoint, load_weights, run_script, save_checkpoint, split_forward, write_text)
+from utils import (AverageMeter, InputError, MixedPrecision, StopRequest, WeightAverage, accuracy_pixel_level,
+                   atomic_path, build_model, choose_device, load_checkpoint, load_weights, run_script, save_checkpoint,
+                   sha256_of, split_forward, write_text)
 
 log = logging.getLogger('train')
 
@@ -147,24 +147,6 @@ def train_epoch(state, loader, criterion, train, device, precision, run, stop):
         run.save_if_due()
         stop.check(run.save_and_say_how_to_go_on)
     progress.close()
-
-
-class MixedPrecision:
-    """Half precision where it is fast and enough, in the network; the loss stays in float32.
-
-    CUDA: autocast to bfloat16, or to float16 with a scaled loss where there is no bfloat16. CPU: FullNet computes its
-    dense blocks in bfloat16 (FullNet.set_mode). Raises InputError for Apple MPS.
-    """
-
-    def __init__(self, device, enabled):
-        if enabled and device.type == 'mps':
-            raise InputError('--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it out')
-        self.device, self.enabled = device, enabled and device.type == 'cuda'
-        self.dtype = torch.bfloat16 if not self.enabled or torch.cuda.is_bf16_supported() else torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.enabled)
 
 
 def validate(model, loader, criterion, train, device, run, stop):
@@ -394,7 +376,7 @@ class Run:
         packages = {name: importlib.metadata.version(name)
                     for name in ('torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'Pillow')}
         git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
-        files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        files = {str(path): sha256_of(path)
                  for dataset in datasets for item in dataset.items for path in item}
         info = {'python': platform.python_version(), 'packages': packages, 'commit': git.stdout.strip() or None,
                 'seed': self.opt.train['seed'], 'files': files}

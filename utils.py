@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -22,6 +23,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 from skimage import measure
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from FullNet import create_model
 
@@ -133,6 +135,15 @@ def write_text(path, text):
         Path(temporary).write_text(text, encoding='utf-8')
 
 
+def sha256_of(path):
+    """Hash of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while piece := file.read(2 ** 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def save_image(path, array):
     """Save a uint8 (H, W) or (H, W, 3) array as an image, or a uint16 (H, W) array as PNG, atomically.
 
@@ -177,6 +188,24 @@ def choose_device(gpu='auto'):
         raise InputError(f'--gpu asks for GPU {missing[0]}, but {count} CUDA GPUs were found; '
                          f'use --gpu cpu, or leave it out')
     return torch.device('cuda', gpu[0])
+
+
+class MixedPrecision:
+    """Half precision where it is fast and enough, in the network; the loss stays in float32.
+
+    CUDA: autocast to bfloat16, or to float16 with a scaled loss where there is no bfloat16. CPU: FullNet computes its
+    dense blocks in bfloat16 (FullNet.set_mode). Raises InputError for Apple MPS.
+    """
+
+    def __init__(self, device, enabled):
+        if enabled and device.type == 'mps':
+            raise InputError('--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it out')
+        self.device, self.enabled = device, enabled and device.type == 'cuda'
+        self.dtype = torch.bfloat16 if not self.enabled or torch.cuda.is_bf16_supported() else torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.enabled)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -395,6 +424,68 @@ def predict_probabilities(predict, image, tta='full'):
     return np.asarray(total / len(orientations), dtype=np.float32)
 
 
+def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, batch_size=1, band_pixels=2 ** 22):
+    """Probability maps of an image of any size, band by band: `predict_probabilities` with `split_forward`'s windows.
+
+    predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and a shape (H', W') that they are to be
+    padded to, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities) of
+    about `band_pixels` pixels, float32 (bottom - top, W, n_classes), from top to bottom. How the image is cut into
+    bands changes nothing: each pixel comes from one window of the whole image's grid, for every orientation.
+    """
+    height, width = image.shape[:2]
+    band_rows = max(size, band_pixels // width)
+    bands = [(top, min(top + band_rows, height)) for top in range(0, height, band_rows)]
+    jobs = [[list(_windows_of_band(*band, height, width, size, overlap, turns)) for turns, _ in ORIENTATIONS[tta]]
+            for band in bands]
+    progress = tqdm(total=sum(len(windows) for band in jobs for windows in band), desc='windows', unit='window',
+                    disable=None if height * width > 4 * size * size else True, leave=False)
+    for (top, bottom), orientations in zip(bands, jobs):
+        total = np.zeros((bottom - top, width, n_classes), np.float32)
+        for (turns, mirror), windows in zip(ORIENTATIONS[tta], orientations):
+            oriented, place = orient(image, turns, mirror), orient(total, turns, mirror)          # views
+            for i in range(0, len(windows), batch_size):
+                batch = windows[i:i + batch_size]
+                crops = [np.ascontiguousarray(oriented[window.read]) for window in batch]
+                for window, output in zip(batch, predict(crops, batch[0].shape)):
+                    place[window.write] += output[window.take]
+                progress.update(len(batch))
+        yield top, bottom, total / len(ORIENTATIONS[tta])
+    progress.close()
+
+
+class Window(NamedTuple):
+    """A window of an oriented image. read, write, take: pairs of slices, of the image, of a band's result (oriented as
+    the image), and of the window's output. shape: of the window with its padding."""
+    read: tuple
+    write: tuple
+    take: tuple
+    shape: tuple
+
+
+def _windows_of_band(top, bottom, height, width, size, overlap, turns):
+    """The Windows that write to rows top ... bottom of an image (height, width), in the image turned by 90 x `turns`."""
+    if turns >= 2:                                            # the image's rows run backwards
+        top, bottom = height - bottom, height - top
+    band = [(top, bottom), (0, width)]
+    sides = [height, width]
+    if turns % 2:
+        band, sides = band[::-1], sides[::-1]
+    pieces = []
+    for side, (low, high) in zip(sides, band):
+        grid = window_grid(side, size, overlap)[1]
+        ends = [first for _, _, first, _ in grid[1:]] + [side]          # where two windows write, the later one wins
+        found = []
+        for (start, stop, first, _), end in zip(grid, ends):
+            first, end = max(first, low), min(end, high)
+            if first < end:
+                found.append((slice(start, min(stop, side)), slice(first - low, end - low),
+                              slice(first - start, end - start), stop - start))
+        pieces.append(found)
+    for rows in pieces[0]:
+        for columns in pieces[1]:
+            yield Window(*zip(rows, columns))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Post-processing (test-time; paper section 3)
 # ---------------------------------------------------------------------------------------------------
@@ -407,8 +498,8 @@ def disk(radius):
 
 def remove_small_components(mask, min_area):
     """Drop the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
-    components, _ = ndimage.label(mask)
-    areas = np.bincount(components.ravel())
+    components, n = ndimage.label(mask)
+    areas = sum(np.bincount(rows.ravel(), minlength=n + 1) for rows in _in_pieces(components))   # of a large image, too
     keep = areas >= min_area
     keep[0] = False
     return keep[components]
@@ -426,7 +517,21 @@ def post_process(inside, min_area, radius, original_size=None):
         grey = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(grey.resize(original_size[::-1], Image.BILINEAR)) > 127.5
     label, _ = ndimage.label(mask, np.ones((3, 3)))
-    return ndimage.grey_dilation(label, footprint=disk(radius)).astype(np.int32)
+    return dilate(label.astype(np.int32, copy=False), radius)
+
+
+def dilate(label, radius, rows=2048):
+    """Grey dilation of an int (H, W) label with a disk: where two objects meet, the higher id wins."""
+    result = np.empty_like(label)
+    for top in range(0, len(label), rows):
+        above = min(radius, top)
+        piece = label[top - above:top + rows + radius]
+        result[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[above:above + rows]
+    return result
+
+
+def _in_pieces(array, rows=2048):
+    return (array[top:top + rows] for top in range(0, len(array), rows))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -551,7 +656,11 @@ def standard_metrics(pred, gt):
     the mean over t = 0.50, 0.55, ..., 0.95. dice: of the foreground pixels.
     Raises InputError on arrays that do not fit.
     """
-    table = overlap_table(pred, gt)
+    return standard_metrics_of(overlap_table(pred, gt))
+
+
+def standard_metrics_of(table):
+    """`standard_metrics` of an `OverlapTable`."""
     n_objects = table.n_pred + table.n_gt
     if n_objects == 0:
         return dict.fromkeys(('aji', 'aji_plus', 'aji_fullnet', 'pq', 'dq', 'sq', 'f1', 'ap50', 'map', 'dice'), 1.0)
@@ -586,6 +695,33 @@ class OverlapTable(NamedTuple):
     intersection: np.ndarray                       # (n_pairs,) pixels
     union: np.ndarray
     iou: np.ndarray
+
+
+def pool(tables):
+    """One `OverlapTable`, without maps, of the objects of several images, as if these were one large image."""
+    n_pred, n_gt = (np.cumsum([0] + [getattr(table, name) for table in tables]) for name in ('n_pred', 'n_gt'))
+    areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)]) for name in ('pred_area', 'gt_area')]
+    ids = [np.concatenate([[], *(getattr(table, name) + before for table, before in zip(tables, counts))]).astype(int)
+           for name, counts in (('pred', n_pred), ('gt', n_gt))]
+    rest = [np.concatenate([[], *(getattr(table, name) for table in tables)]) for name in ('intersection', 'union', 'iou')]
+    return OverlapTable(None, None, int(n_pred[-1]), int(n_gt[-1]), *areas, *ids, *rest)
+
+
+def match_objects(pred, gt):
+    """{id in pred: (id in gt, IoU)}: one-to-one, the pairs of highest IoU first. pred, gt: int (H, W) label maps.
+
+    Objects are what has one id, in however many pieces.
+    """
+    both = (pred > 0) & (gt > 0)
+    pairs, intersection = np.unique(np.stack([pred[both], gt[both]]), axis=1, return_counts=True)
+    areas = [dict(zip(*(values.tolist() for values in np.unique(x[x > 0], return_counts=True)))) for x in (pred, gt)]
+    candidates = [(n / (areas[0][p] + areas[1][g] - n), p, g) for n, p, g in zip(intersection.tolist(), *pairs.tolist())]
+    matches, taken = {}, set()
+    for iou, p, g in sorted(candidates, key=lambda c: (-c[0], c[1], c[2])):
+        if p not in matches and g not in taken:
+            matches[p] = (g, iou)
+            taken.add(g)
+    return matches
 
 
 def overlap_table(pred, gt, min_gt_area=1):

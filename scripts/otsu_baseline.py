@@ -14,8 +14,7 @@ from skimage.color import rgb2hed
 from skimage.filters import threshold_otsu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import list_images, read_image, read_instance_label  # noqa: E402
-from test import find_labels  # noqa: E402
+from dataset import find_labels, list_images, read_image, read_instance_label  # noqa: E402
 from utils import InputError, nuclei_accuracy_object_level, post_process, run_script  # noqa: E402
 
 

@@ -14,7 +14,8 @@ from scipy.spatial.distance import directed_hausdorff
 
 import utils
 from utils import (AverageMeter, InputError, accuracy_pixel_level, gland_accuracy_object_level,
-                   nuclei_accuracy_object_level, standard_metrics)
+                   match_objects, nuclei_accuracy_object_level, overlap_table, pool, standard_metrics,
+                   standard_metrics_of)
 
 GOLDEN = Path(__file__).parent / 'golden'
 OBJECT_LEVEL = {'nuclei': nuclei_accuracy_object_level, 'gland': gland_accuracy_object_level}
@@ -497,3 +498,31 @@ def test_average_meter_leaves_nan_out():
     only_nan = AverageMeter()
     only_nan.update(NAN)
     assert np.isnan(only_nan.avg).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sets of images; matches by id
+# ---------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.tuples(*[hnp.arrays(np.int8, (6, 7), elements=st.integers(0, 4))] * 2), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_pooled_metrics_are_those_of_one_large_image(pairs):
+    """Images side by side with an empty column between them."""
+    large = [np.concatenate([np.pad(pair[k], ((0, 0), (0, 1))) for pair in pairs], axis=1) for k in (0, 1)]
+    pooled = standard_metrics_of(pool([overlap_table(*pair) for pair in pairs]))
+    expected = standard_metrics(*large)
+    for name in set(expected) - {'aji_fullnet'}:              # which depends on the order of the objects
+        assert pooled[name] == pytest.approx(expected[name]), name
+
+
+@given(*[hnp.arrays(np.int8, (6, 7), elements=st.integers(0, 4))] * 2)
+@settings(max_examples=100, deadline=None)
+def test_matches_are_the_pairs_of_highest_iou_one_to_one(pred, gt):
+    iou = {(p, g): ((pred == p) & (gt == g)).sum() / ((pred == p) | (gt == g)).sum()
+           for p in range(1, 5) for g in range(1, 5) if ((pred == p) & (gt == g)).any()}
+    expected = {}
+    while iou:
+        p, g = max(iou, key=lambda pair: (iou[pair], -pair[0], -pair[1]))
+        expected[p] = (g, pytest.approx(iou[p, g]))
+        iou = {pair: value for pair, value in iou.items() if pair[0] != p and pair[1] != g}
+    assert match_objects(pred, gt) == expected

@@ -1,4 +1,7 @@
 """Testing through its command line: the golden end-to-end numbers, files, what every option changes, refusals."""
+import csv
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +10,12 @@ import tifffile
 import torch
 from miniature import nuclei, pixels
 from PIL import Image
+from scipy import ndimage
+from skimage.segmentation import find_boundaries
 
 import test as test_script
-from utils import InputError, load_checkpoint, save_instances
+from dataset import read_instance_label
+from utils import (InputError, build_model, load_checkpoint, match_objects, save_instances, standard_metrics)
 
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = ['--model-path', str(GOLDEN / 'tiny_checkpoint.pth.tar'), '--n-layers', '4', '--growth-rate', '8',
@@ -82,16 +88,18 @@ def segment(images, *words, labels=True):
 def everything(out):
     """All that was written, to see whether an option changed anything."""
     return {str(path): path.read_bytes() for path in sorted(out.rglob('*')) if path.is_file() and
-            'options' not in path.name}
+            'options' not in path.name and 'records' not in path.parent.name}
 
 
 def test_files_of_a_labelled_set(images):
     out = segment(images)
     names = {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()}
-    assert names == {'set_test_result.txt', 'test_options.txt', 'test_options.json'} | {
-        f'set_{kind}/{name}_{ending}' for name in ('a', 'b.1') for kind, ending in (
-            ('prob_maps', 'prob_inside.png'), ('prob_maps', 'prob_contour.png'), ('segmentation', 'seg.tiff'),
-            ('segmentation', 'seg_colored.png'))}
+    assert names == {'set_test_result.txt', 'set_metrics.csv', 'set_metrics.json', 'test_options.txt',
+                     'test_options.json'} | {
+        f'set_{kind}/{name}{ending}' for name in ('a', 'b.1') for kind, ending in (
+            ('prob_maps', '_prob_inside.png'), ('prob_maps', '_prob_contour.png'), ('segmentation', '_seg.tiff'),
+            ('segmentation', '_seg_colored.png'), ('segmentation', '_overlay.png'), ('segmentation', '_objects.csv'),
+            ('records', '.json'))}
     lines = (out / 'set_test_result.txt').read_text().splitlines()
     assert lines[0].split('\t') == ['Metrics:', 'pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff',
                                     'AJI']
@@ -109,29 +117,181 @@ def test_images_without_labels(images):
 
 def test_save_flag_off_still_scores(images):
     out = segment(images, '--save-flag', 'False')
-    assert {path.name for path in out.iterdir()} == {'set_test_result.txt', 'test_options.txt', 'test_options.json'}
+    assert {path.name for path in out.iterdir()} == {'set_test_result.txt', 'set_metrics.csv', 'set_metrics.json',
+                                                     'set_records', 'test_options.txt', 'test_options.json'}
 
 
-def test_probability_maps_are_stored_as_255_times_the_probability(images, monkeypatch):
-    seen = {}
-    save = test_script.save_results
-    monkeypatch.setattr(test_script, 'save_results', lambda *a: (seen.update({a[2]: a[3]}), save(*a)))
+@pytest.mark.filterwarnings('ignore:.*carries no mean_std')
+def test_segment_from_python_gives_what_test_py_writes(images, own_checkpoint):
     out = segment(images)
-    for name, probabilities in seen.items():
-        assert np.allclose(probabilities.sum(axis=2), 1, atol=1e-5)
-        for channel, kind in ((1, 'inside'), (2, 'contour')):
-            stored = pixels(out / 'set_prob_maps' / f'{name}_prob_{kind}.png')
-            assert np.abs(stored / 255 - probabilities[..., channel]).max() <= 0.5 / 255 + 1e-6
+    image = pixels(images / 'set' / 'a.png')
+    label, probabilities = test_script.segment(image, 'own.pth.tar', '--tta', 'none', '--patch-size', '64', '--overlap',
+                                               '16', '--min-area', '1', '--gpu', 'cpu')
+    assert np.array_equal(label, tifffile.imread(out / 'set_segmentation' / 'a_seg.tiff')) and label.dtype == np.int32
+    assert probabilities.shape == (70, 90, 3) and np.allclose(probabilities.sum(axis=2), 1, atol=1e-5)
+    for channel, kind in ((1, 'inside'), (2, 'contour')):            # stored as 255 times the probability
+        stored = pixels(out / 'set_prob_maps' / f'a_prob_{kind}.png')
+        assert np.abs(stored / 255 - probabilities[..., channel]).max() <= 0.5 / 255 + 1e-6
 
 
-def test_colours_belong_to_ids():
-    label = np.array([[0, 1, 1], [2, 0, 300]])
-    picture = test_script.colour_instances(label)
-    colours = {tuple(c) for c in picture[label > 0]}
-    assert len(colours) == 3 and (picture[label == 0] == 0).all() and min(sum(map(int, c)) for c in colours) > 100
-    assert (test_script.colour_instances(np.array([[300]]))[0, 0] == picture[1, 2]).all()
-    assert len({tuple(c) for c in test_script.colour_instances(np.arange(1, 200)[None])[0]}) == 199
+def test_amp_changes_little(images, own_checkpoint, monkeypatch):
+    monkeypatch.setattr('FullNet.MIN_PIXELS', 0)
+    image = pixels(images / 'set' / 'a.png')
+    exact, half = (test_script.segment(image, 'own.pth.tar', '--tta', 'none', '--amp', amp)[1] for amp in ('0', '1'))
+    assert 0 < np.abs(exact - half).mean() < 0.02
+
+
+def test_all_metrics_are_in_json_and_csv(images):
+    out = segment(images)
+    report = json.loads((out / 'set_metrics.json').read_text())
+    assert list(report['images']) == ['a', 'b.1'] and report['definitions'].keys() == report['mean'].keys()
+    lines = [line.split('\t') for line in (out / 'set_test_result.txt').read_text().splitlines()]
+    for name in ('a', 'b.1'):
+        pred, gt = (read_instance_label(path) for path in (out / f'set_segmentation/{name}_seg.tiff',
+                                                           images / f'truth/{name}_label.png'))
+        row = report['images'][name]
+        for key, value in standard_metrics(pred, gt).items():
+            assert row['published_AJI' if key == 'aji_fullnet' else key] == pytest.approx(value)
+        published = [f'{row["published_" + column]:.4f}' for column in lines[0][1:]]
+        assert published == next(line for line in lines[3:] if line[0] == f'{name}:')[1:]
+    side_by_side = [np.concatenate([pad(read_instance_label(out / f'set_segmentation/{name}_seg.tiff')) if kind else
+                                    pad(read_instance_label(images / f'truth/{name}_label.png'))
+                                    for name in ('a', 'b.1')]) for kind in (True, False)]
+    for key, value in standard_metrics(*side_by_side).items():
+        if key != 'aji_fullnet':
+            assert report['pooled'][key] == pytest.approx(value), key
+            assert report['mean'][key] == pytest.approx(np.mean([row[key] for row in report['images'].values()]))
+    assert report['pooled']['published_AJI'] is None
+    table = [line.split(',') for line in (out / 'set_metrics.csv').read_text().splitlines()]
+    assert table[0][1:] == list(report['mean']) and [row[0] for row in table[1:]] == ['a', 'b.1', 'mean', 'pooled']
+    assert float(table[3][table[0].index('pq')]) == pytest.approx(report['mean']['pq'], abs=1e-6)
+
+
+def pad(label):
+    return np.pad(label, 3)
+
+
+def test_objects_csv_holds_what_the_segmentation_shows(images):
+    out = segment(images)
+    label, truth = tifffile.imread(out / 'set_segmentation/a_seg.tiff'), pixels(images / 'truth/a_label.png')
+    inside = pixels(out / 'set_prob_maps/a_prob_inside.png')
+    rows = list(csv.DictReader(open(out / 'set_segmentation/a_objects.csv')))
+    assert [int(row['id']) for row in rows] == np.unique(label)[1:].tolist()
+    matched = []
+    for row in rows:
+        y, x = np.nonzero(label == int(row['id']))
+        assert int(row['area']) == len(y)
+        assert (float(row['centroid_y']), float(row['centroid_x'])) == pytest.approx((y.mean(), x.mean()), abs=0.006)
+        box = [int(row[f'bbox_{side}']) for side in ('top', 'left', 'bottom', 'right')]
+        assert box == [y.min(), x.min(), y.max() + 1, x.max() + 1]
+        assert float(row['mean_inside_probability']) == pytest.approx(inside[y, x].mean() / 255, abs=1e-4)
+        assert 0 <= float(row['eccentricity']) <= 1 and 0 < float(row['solidity']) <= 1
+        if row['matched_id']:
+            other = truth == int(row['matched_id'])
+            iou = (other & (label == int(row['id']))).sum() / (other | (label == int(row['id']))).sum()
+            assert float(row['matched_iou']) == pytest.approx(iou, abs=1e-4)
+            matched.append(row['matched_id'])
+    assert matched and len(set(matched)) == len(matched)
+    assert 'matched_id' not in (segment(images, labels=False) / 'set_segmentation/a_objects.csv').read_text()
+
+
+def test_overlay_shows_hits_missed_and_false_objects():
+    truth = np.zeros((60, 300), int)
+    truth[5:15, 5:15], truth[30:40, 5:15] = 7, 9
+    found = np.zeros((60, 300), int)
+    found[5:15, 6:16], found[5:15, 100:110] = 1, 2
+    grey = np.full((60, 300, 3), 128, np.uint8)
+    matches = match_objects(found, truth)
+    picture = test_script.draw_overlay(grey.copy(), found, truth, matches)
+    assert picture.shape == (80, 300, 3)                              # a legend below
+    assert tuple(picture[5, 10]) == test_script.HIT and tuple(picture[5, 105]) == test_script.FALSE
+    assert tuple(picture[30, 10]) == test_script.MISSED and tuple(picture[10, 10]) == (128,) * 3
+    plain = test_script.draw_overlay(grey.copy(), found)
+    assert plain.shape == grey.shape and tuple(plain[5, 10]) == test_script.UNLABELLED
+    outside = np.ones((60, 300), bool)
+    outside[5:15, 6:16] = outside[5:15, 100:110] = False
+    assert (plain[outside] == 128).all()
+
+
+@pytest.mark.parametrize('rows', [1, 7, 2048])
+def test_contours_do_not_depend_on_the_pieces(rows):
+    label = nuclei(5)[1]
+    image = np.zeros((*label.shape, 3), np.uint8)
+    test_script.draw_contours(image, label, (9, 9, 9), rows)
+    whole = find_boundaries(np.pad(label, 1), connectivity=1, mode='inner')[1:-1, 1:-1]
+    assert np.array_equal(image[..., 0] > 0, whole)
+
+
+def test_touching_objects_have_different_colours():
+    rng = np.random.default_rng(0)
+    seeds = np.zeros((80, 90), int)
+    seeds[rng.integers(80, size=60), rng.integers(90, size=60)] = np.arange(1, 61)
+    label = seeds[tuple(ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True))]
+    picture = test_script.colour_instances(label).astype(int)
+    pairs = test_script.touching_pairs(label)
+    colour = {i: tuple(picture[label == i][0]) for i in np.unique(label)}
+    assert len(pairs) > 100 and all(colour[a] != colour[b] for a, b in pairs)
+    assert all(len(np.unique(picture[label == i], axis=0)) == 1 for i in np.unique(label))
+    alone = test_script.colour_instances(np.array([[0, 3, 0]]))
+    assert alone[0, 0].max() == 0 and alone[0, 1].max() > 100
     assert test_script.colour_instances(np.zeros((2, 2), int)).max() == 0
+
+
+def test_finished_images_are_kept_until_something_changes(images, tmp_path, monkeypatch, capsys):
+    first = everything(segment(images))
+    seen = []
+    bands = test_script.probability_bands
+    monkeypatch.setattr(test_script, 'probability_bands', lambda *a: seen.append(a) or bands(*a))
+    assert everything(segment(images)) == first and len(seen) == 0
+    assert '2 images were finished before with the same options and weights' in capsys.readouterr().out
+    (Path('out') / 'set_segmentation/a_overlay.png').unlink()
+    (Path('out') / 'set_records/b.1.json').write_text('{')
+    assert everything(segment(images)) == first and len(seen) == 2
+    segment(images, '--overwrite', 'True')
+    assert len(seen) == 4
+    segment(images, '--batch-size', '2')
+    assert len(seen) == 4
+    segment(images, '--radius', '3')
+    assert len(seen) == 6
+    label = tmp_path / 'truth'
+    shutil.copytree(images / 'truth', label)
+    save_instances(label / 'a_label.png', nuclei(7, 70, 90)[1])
+    segment(images, '--radius', '3', '--label-dir', str(label))
+    assert len(seen) == 7
+
+
+def test_a_single_image_and_a_folder_with_other_files(images, tmp_path):
+    whole = everything(segment(images))
+    shutil.rmtree('out')
+    segment(images, '--img-dir', str(images / 'set' / 'a.png'))
+    one = everything(Path('out'))
+    assert {name for name in whole if '/a_' in name} == {name for name in one if '/a_' in name}
+    assert all(one[name] == whole[name] for name in one if '/a_' in name)
+
+    shutil.copytree(images / 'set', tmp_path / 'mixed')
+    for name in ('notes.txt', 'slide.svs'):
+        (tmp_path / 'mixed' / name).touch()
+    with pytest.warns(UserWarning, match='2 files in .*mixed are not images and are skipped: notes.txt, slide.svs'):
+        segment(images, '--img-dir', str(tmp_path / 'mixed'))
+    for name in ('a.png', 'b.1.png', 'notes.txt'):
+        (tmp_path / 'mixed' / name).unlink()
+    with pytest.raises(InputError, match='no images in .*saw slide.svs; whole-slide files are not read; export a region'):
+        segment(images, '--img-dir', str(tmp_path / 'mixed'))
+    (tmp_path / 'mixed/slide.svs').write_bytes(b'II*')
+    with pytest.raises(InputError, match='slide.svs: whole-slide files are not read; export a region as TIFF'):
+        segment(images, '--img-dir', str(tmp_path / 'mixed/slide.svs'), labels=False)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 150), (130, 1), (17, 33), (97, 205)])
+@pytest.mark.parametrize('name', ['FullNet', 'FCN_pooling'])
+@pytest.mark.filterwarnings('ignore')
+def test_images_of_any_size(tmp_path, shape, name):
+    model = build_model(dict(name=name, n_layers=4, growth_rate=2))
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'any.pth.tar')
+    image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    words = ['--name', name, '--n-layers', '4', '--growth-rate', '2', '--patch-size', '64', '--overlap', '20']
+    label, probabilities = test_script.segment(image, tmp_path / 'any.pth.tar', *words)
+    assert label.shape == shape and probabilities.shape == (*shape, 3) and np.isfinite(probabilities).all()
 
 
 @pytest.mark.parametrize('words', ['--tta flips', '--tta full', '--patch-size 0', '--patch-size 40', '--overlap 40',

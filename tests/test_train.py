@@ -18,7 +18,7 @@ from PIL import Image
 import test
 import train
 from options import TRAIN
-from utils import InputError, load_checkpoint
+from utils import InputError, MixedPrecision, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +132,7 @@ def test_amp_computes_in_bfloat16_and_resumes_exactly(base, data, tmp_path, monk
 
 def test_amp_is_refused_on_mps():
     with pytest.raises(InputError, match='--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it'):
-        train.MixedPrecision(torch.device('mps'), True)
+        MixedPrecision(torch.device('mps'), True)
 
 
 @pytest.mark.parametrize('words', ['--val-overlap 20', '--transform.val.scale 70', '--transform.val.label_encoding 2'])

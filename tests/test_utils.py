@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
+from torch import nn
 from torch.nn import functional as F
 
 import utils
 from FullNet import FullNet
-from utils import (InputError, WeightAverage, atomic_path, choose_device, disk, load_checkpoint, load_weights, orient,
-                   orient_back, post_process, predict_probabilities, remove_small_components, save_checkpoint,
-                   save_instances, split_forward, window_grid)
+from utils import (InputError, WeightAverage, atomic_path, choose_device, dilate, disk, load_checkpoint, load_weights,
+                   orient, orient_back, post_process, predict_in_bands, predict_probabilities, remove_small_components,
+                   save_checkpoint, save_instances, split_forward, window_grid)
 
 GOLDEN = Path(__file__).parent / 'golden'
 ROOT = Path(__file__).parents[1]
@@ -339,3 +340,47 @@ def test_a_signal_stops_at_the_next_check_after_saving():
         signal.raise_signal(signal.SIGTERM)
         stop.check(lambda: saved.append('saved'))
     assert stopped.value.code == 143 and saved == ['saved']
+
+
+# ---------------------------------------------------------------------------------------------------
+# Large images in bands
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('tta', ['none', 'flips', 'full'])
+@pytest.mark.parametrize('height, width, size, overlap', [(50, 37, 16, 6), (41, 60, 16, 5), (10, 70, 16, 8),
+                                                          (33, 33, 64, 10), (47, 23, 20, 0)])
+def test_bands_are_the_sliding_window_of_the_whole_image(tta, height, width, size, overlap):
+    """Against split_forward of whole turned images, with a model whose output depends on the place in the window."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 5, padding=2)
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    def model(x):
+        return conv(x) + torch.linspace(0, 1, x.shape[2])[:, None] + torch.linspace(0, 2, x.shape[3])
+
+    def to_tensor(array):
+        return torch.from_numpy(array.copy()).permute(2, 0, 1).float()[None] / 255 - 0.5
+
+    @torch.no_grad()
+    def whole(oriented):
+        return split_forward(model, to_tensor(oriented), size, overlap).softmax(1)[0].permute(1, 2, 0).numpy()
+    expected = predict_probabilities(whole, image, tta)
+
+    @torch.no_grad()
+    def windows(crops, shape):
+        assert 1 <= len(crops) <= batch_size
+        x = torch.cat([F.pad(to_tensor(crop), (0, shape[1] - crop.shape[1], 0, shape[0] - crop.shape[0]))
+                       for crop in crops])
+        return model(x).softmax(1).permute(0, 2, 3, 1).numpy()
+    for batch_size, band_pixels in ((1, 2 ** 22), (3, 700), (2, 1)):
+        tops, bottoms, bands = zip(*predict_in_bands(windows, image, size, overlap, tta, 3, batch_size, band_pixels))
+        assert tops[0] == 0 and bottoms[-1] == height and tops[1:] == bottoms[:-1]
+        assert band_pixels > 700 or len(bands) > 1 or height <= size
+        assert np.allclose(np.concatenate(bands), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('rows', [1, 5, 2048])
+def test_dilation_in_pieces_is_that_of_the_whole(rows):
+    label = np.random.default_rng(0).integers(-30, 9, (40, 31)).clip(0)
+    for radius in (0, 1, 3):
+        assert np.array_equal(dilate(label, radius, rows), ndimage.grey_dilation(label, footprint=disk(radius)))
