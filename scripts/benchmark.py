@@ -1,10 +1,11 @@
 """Speed and memory of this code beside the plain version, measured in one run.
 
-    python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | all] [--batch 2] [--repeats 5] [--threads 2]
+    python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | inference |
+                                 metrics | all] [--batch 2] [--repeats 5] [--threads 2]
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
-ternary labels and weight maps. The versions take turns in every
+ternary labels, weight maps and metrics. The versions take turns in every
 repeat, so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory
 runs each version in a process of its own, and the plain one needs over 17 GB at batch 8.
 """
@@ -23,6 +24,8 @@ import SimpleITK as sitk
 import torch
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial.distance import cdist
+from skimage import measure
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,6 +36,8 @@ from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entrop
 from my_transforms import RandomElastic, get_transforms                              # noqa: E402
 from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,     # noqa: E402
                           read_xml_regions, ternary_label)
+from utils import (gland_accuracy_object_level, nuclei_accuracy_object_level,        # noqa: E402
+                   standard_metrics)
 from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
 
 SIZE = 208
@@ -365,6 +370,91 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
+def benchmark_inference(args):
+    torch.manual_seed(0)
+    net = FullNet(3, 3)
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0                                     # the moments of these data, as after training
+    with torch.no_grad():
+        net(make_patches(1)[0])
+    for norm in norms:
+        norm.momentum = 0.1
+    net.eval()
+    image = make_patches(1)[0]
+    settings = {name: mode for name, mode in MODES.items() if 'memory' not in name}
+
+    def run(name):
+        layout = torch.channels_last if 'channels last' in name else torch.contiguous_format
+        model = copy.deepcopy(net).to(memory_format=layout).set_mode(**settings[name])
+        x = image.contiguous(memory_format=layout)
+
+        @torch.inference_mode()
+        def forward():
+            return model(x)
+        return forward
+    functions = {name: run(name) for name in settings}
+    a = torch.randn(2048, 2048)
+    seconds = take_turns(functions | {'product': lambda: a @ a}, 2 * args.repeats)
+    peak = 2 * 2048 ** 3 / 1e9 / min(seconds.pop('product'))
+    print(f'Testing: default FullNet, one window of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
+    print_times(seconds, 'windows', 1)
+    plain = functions['plain']().softmax(1)
+    work = gflop_per_patch(net) / 3
+    print(f'{work:.0f} GFLOP per window; a product of 2048 x 2048 matrices in float32 reaches {peak:.0f} GFLOP/s')
+    print_table(('', 'GFLOP/s', 'of the matrix product', 'largest difference of a probability'),
+                [(name, f'{work / min(s):.0f}', f'{work / min(s) / peak:.0%}',
+                  f'{(functions[name]().softmax(1) - plain).abs().max():.1e}') for name, s in seconds.items()])
+
+
+def plain_nuclei_scores(pred, gt):
+    """The published nuclei metrics with masks of the whole image and Hausdorff distances over all pixels."""
+    pred, gt = (measure.label(x, background=0, connectivity=2) for x in (pred, gt))
+    free = set(range(1, pred.max() + 1))
+    dice, iou, hausdorff, intersections, unions = [], [], [], 0, 0
+    for i in range(1, gt.max() + 1):
+        mask = gt == i
+        best = None
+        for j in np.unique(pred[mask]):
+            if j in free:
+                other = pred == j
+                both, either = (mask & other).sum(), (mask | other).sum()
+                if best is None or both / either > best[0]:
+                    best = both / either, j, both, either, other
+        if best is None:
+            unions += mask.sum()
+            continue
+        value, j, both, either, other = best
+        free.remove(j)
+        a, b = np.argwhere(mask), np.argwhere(other)
+        distances = cdist(a, b)
+        hausdorff.append(max(distances.min(0).max(), distances.min(1).max()))
+        iou.append(value)
+        dice.append(2 * value / (1 + value))
+        intersections, unions = intersections + both, unions + either
+    unions += sum((pred == j).sum() for j in free)
+    n, recall, precision = len(iou), len(iou) / gt.max(), len(iou) / pred.max()
+    return [recall, precision, 2 * n / (gt.max() + pred.max()), *map(np.mean, (dice, iou, hausdorff)),
+            intersections / unions]
+
+
+def benchmark_metrics(args):
+    print('Metrics of 1000 x 1000 pixels against the same shifted by (2, 3), seconds (best of 3; plain once)')
+    rows = []
+    for n in (200, 400, 800, 1900):
+        gt = made_up_label(n)
+        pred = np.roll(gt, (2, 3), (0, 1))
+        start = time.perf_counter()
+        plain = plain_nuclei_scores(pred, gt)
+        plain_seconds = time.perf_counter() - start
+        seconds = [min(take_turns({'': partial(f, pred, gt)}, 3)['']) for f in (
+            nuclei_accuracy_object_level, gland_accuracy_object_level, standard_metrics)]
+        difference = np.abs(np.array(nuclei_accuracy_object_level(pred, gt)) - plain).max()
+        rows.append((n, *(f'{s:.2f}' for s in seconds), f'{plain_seconds:.1f}', f'{plain_seconds / seconds[0]:.0f}',
+                     f'{difference:.0e}'))
+    print_table(('objects', 'nuclei', 'gland', 'standard', 'plain nuclei', 'x plain', 'largest difference'), rows)
+
+
 def one_image(args):
     imports = peak_memory()
     label = made_up_label(1900)
@@ -381,7 +471,8 @@ def one_step(args):
 
 def main():
     benchmarks = {'step': (benchmark_step, benchmark_gradients), 'memory': (benchmark_memory,),
-                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,), 'prepare': (benchmark_prepare,)}
+                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,), 'prepare': (benchmark_prepare,),
+                  'inference': (benchmark_inference,), 'metrics': (benchmark_metrics,)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, 'all', 'one_step', 'one_image'])
     parser.add_argument('--batch', type=int, help='patches per step; by default 2, and 8 for memory')
