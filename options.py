@@ -166,7 +166,7 @@ TEST = dict(
     save_flag=Option(True, boolean, 'write probability maps and segmentations'),
     patch_size=Option(by_dataset(208, 0), int, 'pixels: sliding window; 0 = the whole image at once', at_least=0),
     overlap=Option(by_dataset(80, 80), int, 'pixels: overlap of the windows', at_least=0),
-    batch_size=Option(4, int, 'windows that the network sees at a time', at_least=1),
+    batch_size=Option(0, int, 'windows that the network sees at a time; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
     amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, probabilities differ by about 0.01'),
     overwrite=Option(False, boolean, 'compute images again that were finished with the same options and weights'),
     save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'where the results go'),

@@ -165,8 +165,12 @@ def probability_bands(model, opt, mean_std, device, image):
     params, test = dict(opt.transform['test']), opt.test
     if params.pop('normalize', False):
         params['normalize'] = mean_std
-    scale = get_transforms({name: params.pop(name) for name in ('scale',) if name in params})
+    scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
+    batch_size = test['batch_size'] or (1 if device.type == 'cpu' else 8)
+
+    def scaled(image):
+        return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
     precision = MixedPrecision(device, test['amp'])
 
     @torch.inference_mode()
@@ -179,13 +183,12 @@ def probability_bands(model, opt, mean_std, device, image):
         return torch.softmax(logits.float(), dim=1).permute(0, 2, 3, 1).cpu().numpy()
 
     if test['patch_size']:
-        image = np.asarray(scale([Image.fromarray(image)])[0])
-        for _, _, band in predict_in_bands(predict, image, test['patch_size'], test['overlap'], test['tta'],
-                                           opt.model['out_c'], test['batch_size']):
+        for _, _, band in predict_in_bands(predict, scaled(image), test['patch_size'], test['overlap'], test['tta'],
+                                           opt.model['out_c'], batch_size):
             yield band
     else:
         def whole(oriented):
-            oriented = np.asarray(scale([Image.fromarray(oriented)])[0])
+            oriented = scaled(oriented)
             return predict([oriented], oriented.shape[:2])[0]
         yield predict_probabilities(whole, image, test['tta'])
 

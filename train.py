@@ -30,7 +30,7 @@ COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc'
            'val_loss', 'val_acc', 'val_iou')
 # What may differ when a run is resumed; anything else would make it two runs in one.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
-              'checkpoint_minutes', 'overwrite', 'memory_efficient'}
+              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp'}
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png')
 
@@ -159,6 +159,7 @@ def validate(model, loader, criterion, train, device, run, stop):
             logits = split_forward(model, image, train['input_size'], train['val_overlap'], model.conv2.out_channels)
             loss = criterion(logits, target, weight)[0]
         meter.update([loss.item(), *pixel_results(logits, target)], 1)
+        run.save_if_due()                                            # validation is done again after a resume
         stop.check(run.save_and_say_how_to_go_on)
     return meter.avg.tolist()
 
