@@ -132,6 +132,8 @@ TRAIN = dict(
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),
     memory_efficient=Option(False, boolean, 'on the CPU, compute features again in the backward pass'),
+    grid_every=Option(5, int, 'epochs between two val_grid.png, with the first validation images; 0 = none', at_least=0),
+    preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and stop'),
     amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, half the memory, coarser sums'),
     max_minutes=Option(0.0, float, 'time budget over all resumes, instead of num_epochs; 0 = none', at_least=0),
     checkpoint_minutes=Option(10.0, float, 'minutes between two savings of the latest checkpoint', at_least=0),
@@ -313,9 +315,11 @@ class Options:
             section = parser.add_argument_group(group)
             for name, option in options.items():
                 choices = f' ({", ".join(option.choices)})' if option.choices else ''
+                words = dict(nargs='+') if option.many else \
+                    dict(nargs='?', const='True') if option.parse is boolean else {}            # --amp means --amp True
                 text = f'{option.help}{choices} [{_show(defaults[group][name])}]'.replace('%', '%%')
                 section.add_argument('--' + name.replace('_', '-'), *option.flags, dest=f'{group}.{name}',
-                                     metavar=name.upper(), nargs='+' if option.many else None, help=text)
+                                     metavar=name.upper(), help=text, **words)
         for split in SCRIPT_TRANSFORMS[self.script]:
             section = parser.add_argument_group(f'transform.{split}', '`none` removes a transform')
             now = getattr(TRANSFORM, self.dataset)[split]

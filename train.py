@@ -21,7 +21,7 @@ from my_transforms import get_transforms
 from options import Options
 from utils import (AverageMeter, InputError, MixedPrecision, StopRequest, WeightAverage, accuracy_pixel_level,
                    atomic_path, build_model, choose_device, load_checkpoint, load_weights, run_script, save_checkpoint,
-                   sha256_of, split_forward, write_text)
+                   save_image, sha256_of, split_forward, write_text)
 
 log = logging.getLogger('train')
 
@@ -30,9 +30,10 @@ COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc'
            'val_loss', 'val_acc', 'val_iou')
 # What may differ when a run is resumed; anything else would make it two runs in one.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
-              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp'}
+              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'grid_every'}
+GRID_IMAGES = 4
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
-             'epoch_results.txt', 'learning_curve.png')
+             'epoch_results.txt', 'learning_curve.png', 'val_grid.png')
 
 
 def main(argv=None):
@@ -47,6 +48,8 @@ def main(argv=None):
     # 2. data
     mean_std = load_mean_std(Path(train['data_dir']) / 'mean_std.npy')
     train_set, val_set = (load_data(opt, split, mean_std) for split in ('train', 'val'))
+    if train['preview']:
+        return save_preview(train_set, train, mean_std)
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'])
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=train['workers'],
                               persistent_workers=train['workers'] > 0, worker_init_fn=ignore_interrupt,
@@ -82,12 +85,15 @@ def main(argv=None):
         while state.step < state.total_steps or state.batch > 0:
             train_epoch(state, train_loader, criterion, train, device, precision, run, stop)
             validated = (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps
-            val = validate(state.validation_model(), val_loader, criterion, train, device, run, stop) \
-                if validated else [math.nan] * 3
+            val, pictures = [math.nan] * 3, []
+            if validated:
+                val, pictures = validate(state.validation_model(), val_loader, criterion, train, device, run, stop)
             is_best = val[2] > state.best_iou
             row = state.finish_epoch(val)
             run.log_epoch(row)
             run.save_epoch(is_best)
+            if pictures and run.is_grid_due():
+                run.save_grid(pictures)
     log.info(f'done: {state.epoch} epochs in {state.minutes():.1f} minutes, best validation IoU {state.best_iou:.4f}; '
              f'weights in {run.checkpoints}')
 
@@ -150,18 +156,23 @@ def train_epoch(state, loader, criterion, train, device, precision, run, stop):
 
 
 def validate(model, loader, criterion, train, device, run, stop):
-    """Mean over the validation images of [loss, pixel accuracy, IoU of class 1], with the sliding window."""
+    """Mean over the validation images of [loss, pixel accuracy, IoU of class 1], with the sliding window.
+
+    Returns it and the first images: (image (3, H, W), target (H, W), probabilities (C, H, W)), on the CPU.
+    """
     model.eval()
-    meter = AverageMeter(3)
+    meter, pictures = AverageMeter(3), []
     for image, weight, label in tqdm(loader, desc='validation', disable=None, leave=False):
         image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
         with torch.inference_mode():
             logits = split_forward(model, image, train['input_size'], train['val_overlap'], model.conv2.out_channels)
             loss = criterion(logits, target, weight)[0]
         meter.update([loss.item(), *pixel_results(logits, target)], 1)
+        if len(pictures) < GRID_IMAGES:
+            pictures.append((image[0].cpu(), target[0].cpu(), logits[0].softmax(0).cpu()))
         run.save_if_due()                                            # validation is done again after a resume
         stop.check(run.save_and_say_how_to_go_on)
-    return meter.avg.tolist()
+    return meter.avg.tolist(), pictures
 
 
 def to_device(image, weight, label, device, use_weight_map):
@@ -213,6 +224,47 @@ def load_data(opt, split, mean_std):
         transform.pop('normalize', None)
     folders = [data_dir / part / split for part in ('images', 'weight_maps', 'labels')]
     return DataFolder(folders, POST_FIX[opt.dataset], [3, 1, 3], get_transforms(transform))
+
+
+def save_preview(dataset, train, mean_std, n=8):
+    """`{save_dir}_preview.png`: augmented training samples of the first epoch; image, label and weight map each."""
+    rng = np.random.default_rng(train['seed'])
+    rows = []
+    for index in rng.permutation(len(dataset))[:n]:
+        image, weight, label = dataset[int(index), train['seed'], 0]
+        grey = weight[0].clamp(0, 255).byte().numpy()
+        rows.append([as_picture(image, mean_std), class_colours(label[0]), np.repeat(grey[..., None], 3, axis=2)])
+    path = Path(train['save_dir'])
+    path = path.with_name(f'{path.name}_preview.png')
+    save_image(path, tile(rows))
+    print(f'{len(rows)} samples in {path}: image, label (inside red, contour green), weight map')
+
+
+def as_picture(image, mean_std):
+    """uint8 (H, W, 3) of a normalised image, float (3, H, W)."""
+    mean, std = (torch.as_tensor(values, dtype=torch.float32)[:, None, None] for values in mean_std)
+    return ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def class_colours(classes):
+    """uint8 (H, W, 3), coloured as ternary labels: inside red, contour green, background blue. classes: (H, W) int."""
+    palette = np.array([[0, 0, 255], [255, 0, 0], [0, 255, 0], *[[128] * 3] * 253], np.uint8)
+    return palette[classes.numpy()]
+
+
+def tile(rows, margin=4):
+    """Pictures, uint8 (h, w, 3), in rows on white, the columns aligned by the widest."""
+    widths = [max(picture.shape[1] for picture in column) for column in zip(*rows)]
+    heights = [max(picture.shape[0] for picture in row) for row in rows]
+    sheet = np.full((sum(heights) + margin * (len(rows) - 1), sum(widths) + margin * (len(widths) - 1), 3), 255, np.uint8)
+    y = 0
+    for row, height in zip(rows, heights):
+        x = 0
+        for picture, width in zip(row, widths):
+            sheet[y:y + picture.shape[0], x:x + picture.shape[1]] = picture
+            x += width + margin
+        y += height + margin
+    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -370,7 +422,7 @@ class Run:
         log.addHandler(logging.FileHandler(self.folder / 'train.log', encoding='utf-8'))
         self.write_results()
         self.writer = SummaryWriter(self.folder / 'tb_logs', purge_step=state.epoch + 1)
-        self.last_saved = time.monotonic()
+        self.last_saved, self.last_grid = time.monotonic(), state.epoch
 
     def save_info(self, *datasets):
         """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
@@ -418,6 +470,19 @@ class Run:
             axes.legend()
         with atomic_path(self.folder / 'learning_curve.png') as temporary:
             figure.savefig(temporary, dpi=100)
+
+    def is_grid_due(self):
+        every, epoch = self.opt.train['grid_every'], self.state.epoch
+        return every and epoch // every > self.last_grid // every
+
+    def save_grid(self, pictures):
+        """val_grid.png, also for TensorBoard: image, target, probabilities (as red, green, blue), prediction in a row."""
+        grid = tile([[as_picture(image, self.mean_std), class_colours(target),
+                      (probabilities[[1, 2, 0]] * 255).round().byte().permute(1, 2, 0).numpy(),
+                      class_colours(probabilities.argmax(0))] for image, target, probabilities in pictures])
+        save_image(self.folder / 'val_grid.png', grid)
+        self.writer.add_image('validation', grid, self.state.epoch, dataformats='HWC')
+        self.last_grid = self.state.epoch
 
     @property
     def latest(self):

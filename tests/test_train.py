@@ -14,10 +14,11 @@ import pytest
 import torch
 from miniature import SMALL, make_glas, make_multi_organ
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 import test
 import train
-from options import TRAIN
+from options import TRAIN, Options
 from utils import InputError, MixedPrecision, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def test_a_run_writes_what_the_paper_s_code_writes_and_more(base, data):
     header = (folder / 'epoch_results.txt').read_text().splitlines()[0]
     assert header.split('\t') == ['epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc', 'train_iou',
                                   'val_loss', 'val_acc', 'val_iou']
-    assert sorted(p.name for p in folder.iterdir()) == sorted(train.RUN_FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(set(train.RUN_FILES) - {'val_grid.png'})
     assert sorted(p.name for p in (folder / 'checkpoints').iterdir()) == ['checkpoint.pth.tar',
                                                                          'checkpoint_best.pth.tar']
     assert list((folder / 'tb_logs').iterdir()) and Image.open(folder / 'learning_curve.png').width > 500
@@ -139,6 +140,33 @@ def test_amp_is_refused_on_mps():
 def test_options_that_change_the_validation_only(base, data, tmp_path, words):
     checkpoint, rows = run(data, tmp_path / 'run', *words.split())
     assert same_weights(checkpoint, base[0]) and rows[0]['val_loss'] != base[1][0]['val_loss']
+
+
+def test_validation_grid(data, tmp_path):
+    run(data, tmp_path / 'run', '--epochs', '3', '--grid-every', '2', '--val-every', '1')
+    grid = np.asarray(Image.open(tmp_path / 'run/val_grid.png'))
+    assert grid.shape == (64, 4 * 64 + 3 * 4, 3)                     # one validation image of 64 x 64
+    image, target, probabilities, prediction = (grid[:, k * 68:k * 68 + 64].astype(int) for k in range(4))
+    assert np.abs(image - np.asarray(Image.open(data / 'images/val/val_0.png'))).max() <= 1
+    assert set(map(tuple, target.reshape(-1, 3))) == {(0, 0, 255), (255, 0, 0), (0, 255, 0)}
+    assert np.abs(probabilities.sum(axis=2) - 255).max() <= 2
+    best = probabilities == probabilities.max(axis=2, keepdims=True)
+    assert (best[prediction == 255]).mean() > 0.99
+    log = event_accumulator.EventAccumulator(str(tmp_path / 'run/tb_logs'))
+    log.Reload()
+    assert [event.step for event in log.Images('validation')] == [2]
+
+
+def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsys):
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--preview'])
+    assert not (tmp_path / 'run').exists() and 'run_preview.png: image, label' in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / 'run_preview.png'))
+    assert sheet.shape == (4 * 40 + 3 * 4, 3 * 40 + 2 * 4, 3)
+    opt = Options(True).parse([*SMALL, '--data-dir', str(data)])
+    dataset = train.load_data(opt, 'train', np.load(data / 'mean_std.npy'))
+    labels = [train.class_colours(dataset[i, opt.train['seed'], 0][2][0]) for i in range(4)]
+    shown = [sheet[y:y + 40, 44:84] for y in range(0, 176, 44)]
+    assert all(any(np.array_equal(a, b) for b in labels) for a in shown)
 
 
 def test_pooling_network(data, tmp_path):
