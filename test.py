@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dataset import check_mean_std, find_labels, list_images, load_mean_std, read_image, read_instance_label
 from my_transforms import get_transforms
 from options import Options
+from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level, build_model,
                    choose_device, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
                    nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
@@ -51,6 +52,7 @@ OBJECT_COLUMNS = ('id', 'centroid_y', 'centroid_x', 'bbox_top', 'bbox_left', 'bb
 HIT, MISSED, FALSE = (40, 230, 60), (60, 140, 255), (255, 50, 40)           # colours of contours in the overlay
 UNLABELLED = (255, 255, 0)
 N_COLOURS = 12                                                              # of the coloured picture
+PRETRAINED = Path(__file__).parent / 'pretrained' / 'FullNet_MultiOrgan.pth.tar'
 # mean and standard deviation of the published data sets, for a published checkpoint without its mean_std.npy
 PUBLISHED_MEAN_STD = {
     'MultiOrgan': [[0.74408994, 0.53806349, 0.66497889], [0.15811703, 0.19705941, 0.15046222]],
@@ -63,8 +65,10 @@ def main(argv=None):
     opt = Options(isTrain=False).parse(argv)
     test = opt.test
     device = choose_device(test['gpu'])
+    take_pretrained_if_untrained(opt)
     checkpoint = load_checkpoint(test['model_path'])
     take_model_of_checkpoint(opt, checkpoint)
+    normalizer = find_normalizer(opt, checkpoint)
     mean_std = find_mean_std(opt, checkpoint)
     model = load_model(opt, checkpoint, device)
 
@@ -86,7 +90,8 @@ def main(argv=None):
         label = None
         if label_path is not None:
             label = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
-        bands = probability_bands(model, opt, mean_std, device, image)
+        seen = image if normalizer is None else normalizer.transform(image)
+        bands = probability_bands(model, opt, mean_std, device, seen)
         segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post)
         scores = score(segmentation, label, opt.dataset) if label is not None else None
         if test['save_flag']:
@@ -107,14 +112,15 @@ def segment(image, checkpoint, *words):
 
     image: uint8 (H, W, 3) RGB. checkpoint: path. words: further options, as on the command line ('--tta', 'none').
     Returns the instance label, int32 (H, W), and the probability maps, float32 (H', W', classes), (H', W') = (H, W)
-    unless a transform scales the image. Raises InputError.
+    unless the image is scaled. Raises InputError.
     """
     opt = Options(isTrain=False).parse(['--model-path', str(checkpoint), *words])
     device = choose_device(opt.test['gpu'])
     loaded = load_checkpoint(checkpoint)
     take_model_of_checkpoint(opt, loaded)
-    model = load_model(opt, loaded, device)
-    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, np.asarray(image))
+    model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
+    seen = np.asarray(image) if normalizer is None else normalizer.transform(image)
+    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
     probabilities = np.concatenate([band for band in bands])
     return segment_bands([probabilities], image.shape[:2], opt.post)[0], probabilities
 
@@ -122,6 +128,31 @@ def segment(image, checkpoint, *words):
 # ---------------------------------------------------------------------------------------------------
 # Network and its input
 # ---------------------------------------------------------------------------------------------------
+
+def take_pretrained_if_untrained(opt):
+    """Without a run of the user's own, the default is the weights that come with the code."""
+    test = opt.test
+    chosen = {('test', name) for name in ('model_path', 'epoch')} & opt.given
+    if chosen or opt.dataset != 'MultiOrgan' or Path(test['model_path']).exists() or not PRETRAINED.is_file() \
+            or any(Path('experiments/MultiOrgan').glob('*/checkpoints')):
+        return
+    test['model_path'] = str(PRETRAINED)
+    if ('test', 'save_dir') not in opt.given:
+        test['save_dir'] = './experiments/MultiOrgan/pretrained'
+    print(f'no trained run in ./experiments/MultiOrgan: taking the weights that come with the code, {PRETRAINED}')
+
+
+def find_normalizer(opt, checkpoint):
+    """With color_norm, the Reinhard_normalizer of the training images' LAB statistics, which the checkpoint carries."""
+    if not opt.test['color_norm']:
+        return None
+    if 'lab' not in checkpoint:
+        raise InputError(f'--color-norm True needs the training images\' colours, which {opt.test["model_path"]} does not '
+                         f'carry; leave it out, or normalise with prepare_data.color_norm first')
+    normalizer = Reinhard_normalizer()
+    normalizer.mean, normalizer.std = np.array(checkpoint['lab'])
+    return normalizer
+
 
 def take_model_of_checkpoint(opt, checkpoint):
     """A checkpoint of ours knows its model group, so that no architecture flags are needed.
@@ -170,6 +201,9 @@ def probability_bands(model, opt, mean_std, device, image):
     batch_size = test['batch_size'] or (1 if device.type == 'cpu' else 8)
 
     def scaled(image):
+        if test['scale_factor'] != 1:
+            size = [max(1, round(side * test['scale_factor'])) for side in image.shape[1::-1]]
+            image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
     precision = MixedPrecision(device, test['amp'])
 

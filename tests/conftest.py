@@ -4,5 +4,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'scripts')]
 torch.set_num_threads(1)        # the networks here are tiny: threads would only wait for each other

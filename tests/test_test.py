@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from miniature import nuclei, pixels
+from miniature import SMALL, make_multi_organ, nuclei, pixels
 from PIL import Image
 from scipy import ndimage
+from skimage.color import rgb2lab
 from skimage.segmentation import find_boundaries
 
+import export_pretrained
 import test as test_script
+import train
 from dataset import read_instance_label
+from prepare_data import Reinhard_normalizer
 from utils import (InputError, build_model, load_checkpoint, match_objects, save_instances, standard_metrics)
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -412,3 +416,67 @@ def test_a_label_of_another_size(images, tmp_path):
 def test_a_missing_image_folder():
     with pytest.raises(InputError, match='no such folder: nowhere'):
         test_script.main([*TINY, '--img-dir', 'nowhere'])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights that come with the code; colours and scale
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def trained(tmp_path):
+    """A short training run, its prepared data, and the file of weights made of it."""
+    data = make_multi_organ(tmp_path / 'data')
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')])
+    export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(data), '--out',
+                            str(tmp_path / 'pretrained/weights.pth.tar')])
+    return tmp_path
+
+
+def test_exported_weights(trained, capsys):
+    run, shipped = (load_checkpoint(trained / path) for path in ('run/checkpoints/checkpoint_best.pth.tar',
+                                                                 'pretrained/weights.pth.tar'))
+    assert all(torch.equal(run['state_dict'][key], value) for key, value in shipped['state_dict'].items())
+    assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std']
+    pixels_of_train = np.concatenate([rgb2lab(pixels(p)).reshape(-1, 3) for p in (trained / 'data/images/train').iterdir()])
+    assert np.allclose(shipped['lab'], [pixels_of_train.mean(0), pixels_of_train.std(0)])
+    assert len(shipped['data_sha256']) == 64 and shipped['hours'] > 0
+    with pytest.raises(InputError, match='mean_std.npy differs from what .*run was trained with'):
+        np.save(trained / 'data/mean_std.npy', np.ones((2, 3)))
+        export_pretrained.main(['--run', str(trained / 'run'), '--data-dir', str(trained / 'data')])
+
+
+def test_without_a_run_the_shipped_weights_are_taken(trained, monkeypatch, capsys):
+    monkeypatch.setattr(test_script, 'PRETRAINED', trained / 'pretrained/weights.pth.tar')
+    words = ['--img-dir', str(trained / 'data/images/test_same'), '--gpu', 'cpu', '--tta', 'none']
+    test_script.main(words)
+    assert 'taking the weights that come with the code' in capsys.readouterr().out
+    assert len(list(Path('experiments/MultiOrgan/pretrained').rglob('*_seg.tiff'))) == 2
+    with pytest.raises(InputError, match='no checkpoint at .*/best.pth.tar|no checkpoint at'):
+        test_script.main([*words, '--epoch', '3'])                     # asked for: not replaced by something else
+    folder = Path('experiments/MultiOrgan/4/checkpoints')
+    folder.mkdir(parents=True)
+    with pytest.raises(InputError, match='no checkpoint at'):
+        test_script.main(words)
+    shutil.copy(trained / 'run/checkpoints/checkpoint_best.pth.tar', folder)
+    test_script.main(words)
+    assert 'come with the code' not in capsys.readouterr().out
+
+
+def test_color_norm_and_scale_factor(trained):
+    image = pixels(next((trained / 'data/images/test_same').iterdir()))
+    weights = trained / 'pretrained/weights.pth.tar'
+    words = ['--tta', 'none', '--gpu', 'cpu']
+    lab = load_checkpoint(weights)['lab']
+    normalizer = Reinhard_normalizer()
+    normalizer.mean, normalizer.std = map(np.array, lab)
+    faded = (image * 0.5 + 100).astype(np.uint8)
+    expected = test_script.segment(normalizer.transform(faded), weights, *words)[1]
+    assert np.array_equal(test_script.segment(faded, weights, '--color-norm', 'True', *words)[1], expected)
+    assert not np.array_equal(test_script.segment(faded, weights, *words)[1], expected)
+    with pytest.raises(InputError, match="--color-norm True needs the training images' colours, which .* does not carry"):
+        test_script.segment(image, trained / 'run/checkpoints/checkpoint_best.pth.tar', '--color-norm')
+
+    label, probabilities = test_script.segment(image, weights, '--scale-factor', '2', *words)
+    double = np.asarray(Image.fromarray(image).resize((128, 128), Image.BILINEAR))
+    assert probabilities.shape == (128, 128, 3) and label.shape == (64, 64)
+    assert np.array_equal(probabilities, test_script.segment(double, weights, *words)[1])
