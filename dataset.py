@@ -399,6 +399,6 @@ class EpochBatches(torch.utils.data.Sampler):
 
 
 def ignore_interrupt(worker):
-    """For processes that help: Ctrl-C and SIGTERM, which often reach all, are the main one's business, which ends them."""
+    """For processes that help: Ctrl-C and SIGTERM, which often reach all, are the main one's business; it ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -132,7 +132,7 @@ TRAIN = dict(
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),
     memory_efficient=Option(False, boolean, 'on the CPU, compute features again in the backward pass'),
-    grid_every=Option(5, int, 'epochs between two val_grid.png, with the first validation images; 0 = none', at_least=0),
+    grid_every=Option(5, int, 'epochs between two pictures of the first validation images; 0 = none', at_least=0),
     preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and stop'),
     amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, half the memory, coarser sums'),
     max_minutes=Option(0.0, float, 'time budget over all resumes, instead of num_epochs; 0 = none', at_least=0),
@@ -313,7 +313,8 @@ class Options:
     def _parser(self, defaults):
         program = {'train': 'train.py', 'test': 'test.py', 'prepare': 'prepare_data.py'}[self.script]
         parser = _Parser(prog=program, allow_abbrev=False, description=f'Options of {program}; defaults in options.py.')
-        parser.add_argument(*self.dataset_flags, dest='dataset', default=DATASET.default, choices=DATASETS, help=DATASET.help)
+        parser.add_argument(*self.dataset_flags, dest='dataset', default=DATASET.default, choices=DATASETS,
+                            help=DATASET.help)
         for group, options in self.groups.items():
             section = parser.add_argument_group(group)
             for name, option in options.items():

@@ -448,7 +448,7 @@ def find_glas(raw_dir, val_fraction, seed):
 
 
 def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
-    """A folder of images and one of instance labels, `{name}`, `{name}_label` or `{name}_anno`, of any kind that is read.
+    """A folder of images and one of instance labels, `{name}`, `{name}_label` or `{name}_anno`, of any kind.
 
     split_path: a JSON file {split: [names]}; '' = `fractions` (train, val, test) of the images, drawn with `seed`.
     dataset: whose layout, metrics and sizes to use; the test images become its first test set.
@@ -478,8 +478,8 @@ def draw_split(names, fractions, seed):
     """{'train': [names], 'val': ..., 'test': ...}: the fractions of the names, at least one for train and val each."""
     train, val, test = fractions
     if min(fractions) < 0 or train == 0 or val == 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise InputError(f'--fractions is {train:g} {val:g} {test:g}; expected the shares of train, val and test, which '
-                         f'add up to 1, the first two above 0')
+        raise InputError(f'--fractions is {train:g} {val:g} {test:g}; expected the shares of train, val and test, '
+                         f'which add up to 1, the first two above 0')
     if len(names) < 2:
         raise InputError(f'found {len(names)} image; expected at least 2, one to train and one to validate')
     n_val = min(max(round(val * len(names)), 1), len(names) - 1)
@@ -571,11 +571,11 @@ class Settings(NamedTuple):
 def prepare(dataset, options):
     """Prepare a data set for training and testing; the `prepare` options of options.py say which and how.
 
-    Files that an earlier run with the same inputs and options made are kept, the others made anew; `records/{name}.json`
-    in data_dir remembers what each image's files were made of. mean_std.npy is written last, so a folder that has one
-    is complete. Returns the report, a dict; it is also `prepare_report.json`, and `contact_sheet_{split}.png` shows the
-    images. Raises InputError for what the user can mend; names that do not match, image sizes and files that are not
-    ours are checked before anything is written.
+    Files that an earlier run with the same inputs and options made are kept, the others made anew;
+    `records/{name}.json` in data_dir remembers what each image's files were made of. mean_std.npy is written last, so
+    a folder that has one is complete. Returns the report, a dict; it is also `prepare_report.json`, and
+    `contact_sheet_{split}.png` shows the images. Raises InputError for what the user can mend; names that do not match,
+    image sizes and files that are not ours are checked before anything is written.
     """
     started = time.monotonic()
     data_dir = Path(options['data_dir'])
@@ -712,7 +712,8 @@ def prepare_source(source, data_dir, settings):
     record = {'kinds': {kind: kinds[kind] for kind in files}, 'unfinished': [],
               'patches': sum(file.corner is not None for file in files['image']),
               'objects': objects, 'in_pieces': in_pieces, 'areas': np.sort(areas).tolist(),
-              'histogram': colour_histogram(image).tolist(), 'notes': [str(w.message) for w in caught if w.category is UserWarning]}
+              'histogram': colour_histogram(image).tolist(),
+              'notes': [str(w.message) for w in caught if w.category is UserWarning]}
     write_record(record_path, record)
     return record
 
@@ -854,7 +855,8 @@ def make_report(parts, records, mean_std):
         splits[part] = {'images': len(names), 'patches': sum(row['patches'] for row in rows),
                         'objects': sum(row['objects'] for row in rows),
                         'objects_in_pieces': sum(row['in_pieces'] for row in rows),
-                        'object_area': np.percentile(areas, (5, 25, 50, 75, 95)).round(1).tolist() if len(areas) else []}
+                        'object_area': (np.percentile(areas, (5, 25, 50, 75, 95)).round(1).tolist() if len(areas)
+                                        else [])}
     return {'splits': splits, 'labels_with_objects_in_pieces': {name: record['in_pieces'] for name, record
                                                                 in records.items() if record['in_pieces']},
             'mean': mean_std[0].tolist(), 'std': mean_std[1].tolist()}
@@ -889,8 +891,9 @@ def report_text(report):
         lines.append(f'{part}: ' + ', '.join(f'{count} {grade}' for grade, count in counts.items()))
     pieces = report['labels_with_objects_in_pieces']
     if pieces:
-        shown = ', '.join(f'{name} ({count})' for name, count in list(pieces.items())[:5])
-        lines.append(f'{len(pieces)} labels have objects in several pieces: {shown}{", ..." if len(pieces) > 5 else ""}')
+        shown = [f'{name} ({count})' for name, count in pieces.items()]
+        shown = ', '.join(shown[:5] + ['...'] * (len(shown) > 5))
+        lines.append(f'{len(pieces)} labels have objects in several pieces: {shown}')
     return '\n'.join(lines)
 
 

@@ -34,7 +34,7 @@ METRICS = {
 PUBLISHED = 'published code, mean over images: '
 DEFINITIONS = {           # of {set}_metrics.json
     'published_pixel_acc': PUBLISHED + 'share of pixels on which foreground and background agree',
-    'published_recall': PUBLISHED + 'MultiOrgan: any overlap is a hit; GlaS: a prediction that covers half of the object',
+    'published_recall': PUBLISHED + 'MultiOrgan: any overlap is a hit; GlaS: covering half of the object is',
     'published_precision': PUBLISHED + 'as published_recall, over the predictions',
     'published_F1': PUBLISHED + 'harmonic mean of these two',
     'published_Dice': PUBLISHED + 'MultiOrgan: mean over matched pairs; GlaS: area-weighted, over all objects',
@@ -147,8 +147,8 @@ def find_normalizer(opt, checkpoint):
     if not opt.test['color_norm']:
         return None
     if 'lab' not in checkpoint:
-        raise InputError(f'--color-norm True needs the training images\' colours, which {opt.test["model_path"]} does not '
-                         f'carry; leave it out, or normalise with prepare_data.color_norm first')
+        raise InputError(f'--color-norm True needs the training images\' colours, which {opt.test["model_path"]} does '
+                         f'not carry; leave it out, or normalise with prepare_data.color_norm first')
     normalizer = Reinhard_normalizer()
     normalizer.mean, normalizer.std = np.array(checkpoint['lab'])
     return normalizer
@@ -209,7 +209,7 @@ def probability_bands(model, opt, mean_std, device, image):
 
     @torch.inference_mode()
     def predict(windows, shape):
-        """Probabilities (n, H, W, classes) of n windows, uint8 (h, w, 3), zero-padded to shape (H, W) once normalised."""
+        """Probabilities (n, H, W, classes) of n windows, uint8 (h, w, 3), zero-padded once normalised."""
         inputs = [transform([Image.fromarray(window)])[0] for window in windows]
         inputs = torch.stack([F.pad(x, (0, shape[1] - x.shape[2], 0, shape[0] - x.shape[1])) for x in inputs])
         with precision.autocast():
@@ -280,7 +280,8 @@ class Results:
         self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
         ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
                    'batch_size', 'overwrite')
-        self.made_of = [opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(), sha256_of(opt.test['model_path']),
+        self.made_of = [opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
+                        sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
         self.records, self.kept = {}, []
 
@@ -329,7 +330,7 @@ class Results:
         write_text(self.path('records', name, '.json'), json.dumps(record) + '\n')
 
     def save_tables(self, names):
-        """`{set}_test_result.txt` as published, which is returned, and all metrics as `{set}_metrics.csv` and `.json`."""
+        """`{set}_test_result.txt` as published, which is returned, and all as `{set}_metrics.csv` and `.json`."""
         published = {name: self.records[name]['published'] for name in names}
         text = results_table(published, METRICS[self.dataset])
         write_text(self.folder / f'{self.set_name}_test_result.txt', text)
@@ -346,7 +347,8 @@ class Results:
         rows = {**images, 'mean': mean, 'pooled': pooled}
         rows = {name: {key: None if value is None or np.isnan(value) else value for key, value in row.items()}
                 for name, row in rows.items()}
-        summary = {'dataset': self.dataset, 'set': self.set_name, 'definitions': {key: DEFINITIONS[key] for key in mean},
+        summary = {'dataset': self.dataset, 'set': self.set_name,
+                   'definitions': {key: DEFINITIONS[key] for key in mean},
                    'images': {name: rows[name] for name in images}, 'mean': rows['mean'], 'pooled': rows['pooled']}
         write_text(self.folder / f'{self.set_name}_metrics.json', json.dumps(summary, indent=1) + '\n')
         lines = [['image', *mean]] + [[name, *('' if value is None else f'{value:.6f}' for value in row.values())]

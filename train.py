@@ -256,7 +256,8 @@ def tile(rows, margin=4):
     """Pictures, uint8 (h, w, 3), in rows on white, the columns aligned by the widest."""
     widths = [max(picture.shape[1] for picture in column) for column in zip(*rows)]
     heights = [max(picture.shape[0] for picture in row) for row in rows]
-    sheet = np.full((sum(heights) + margin * (len(rows) - 1), sum(widths) + margin * (len(widths) - 1), 3), 255, np.uint8)
+    height, width = (sum(sides) + margin * (len(sides) - 1) for sides in (heights, widths))
+    sheet = np.full((height, width, 3), 255, np.uint8)
     y = 0
     for row, height in zip(rows, heights):
         x = 0
@@ -476,7 +477,7 @@ class Run:
         return every and epoch // every > self.last_grid // every
 
     def save_grid(self, pictures):
-        """val_grid.png, also for TensorBoard: image, target, probabilities (as red, green, blue), prediction in a row."""
+        """val_grid.png, also for TensorBoard: image, target, probabilities (red, green, blue), prediction in a row."""
         grid = tile([[as_picture(image, self.mean_std), class_colours(target),
                       (probabilities[[1, 2, 0]] * 255).round().byte().permute(1, 2, 0).numpy(),
                       class_colours(probabilities.argmax(0))] for image, target, probabilities in pictures])

@@ -463,7 +463,7 @@ class Window(NamedTuple):
 
 
 def _windows_of_band(top, bottom, height, width, size, overlap, turns):
-    """The Windows that write to rows top ... bottom of an image (height, width), in the image turned by 90 x `turns`."""
+    """The Windows that write to rows top ... bottom of an image, in the image turned by 90 x `turns`."""
     if turns >= 2:                                            # the image's rows run backwards
         top, bottom = height - bottom, height - top
     band = [(top, bottom), (0, width)]
@@ -700,10 +700,12 @@ class OverlapTable(NamedTuple):
 def pool(tables):
     """One `OverlapTable`, without maps, of the objects of several images, as if these were one large image."""
     n_pred, n_gt = (np.cumsum([0] + [getattr(table, name) for table in tables]) for name in ('n_pred', 'n_gt'))
-    areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)]) for name in ('pred_area', 'gt_area')]
+    areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)])
+             for name in ('pred_area', 'gt_area')]
     ids = [np.concatenate([[], *(getattr(table, name) + before for table, before in zip(tables, counts))]).astype(int)
            for name, counts in (('pred', n_pred), ('gt', n_gt))]
-    rest = [np.concatenate([[], *(getattr(table, name) for table in tables)]) for name in ('intersection', 'union', 'iou')]
+    rest = [np.concatenate([[], *(getattr(table, name) for table in tables)])
+            for name in ('intersection', 'union', 'iou')]
     return OverlapTable(None, None, int(n_pred[-1]), int(n_gt[-1]), *areas, *ids, *rest)
 
 
@@ -715,7 +717,8 @@ def match_objects(pred, gt):
     both = (pred > 0) & (gt > 0)
     pairs, intersection = np.unique(np.stack([pred[both], gt[both]]), axis=1, return_counts=True)
     areas = [dict(zip(*(values.tolist() for values in np.unique(x[x > 0], return_counts=True)))) for x in (pred, gt)]
-    candidates = [(n / (areas[0][p] + areas[1][g] - n), p, g) for n, p, g in zip(intersection.tolist(), *pairs.tolist())]
+    candidates = [(n / (areas[0][p] + areas[1][g] - n), p, g)
+                  for n, p, g in zip(intersection.tolist(), *pairs.tolist())]
     matches, taken = {}, set()
     for iou, p, g in sorted(candidates, key=lambda c: (-c[0], c[1], c[2])):
         if p not in matches and g not in taken:

@@ -1,7 +1,7 @@
 """Speed and memory of this code beside the plain version, measured in one run.
 
     python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | inference |
-                                 metrics | all] [--batch 2] [--repeats 5] [--threads 2]
+                                 metrics | windows | all] [--batch 2] [--repeats 5] [--threads 2]
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
@@ -30,14 +30,15 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import read_instance_label                                             # noqa: E402
+from dataset import read_image, read_instance_label                                 # noqa: E402
 from FullNet import FullNet                                                          # noqa: E402
 from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy    # noqa: E402
 from my_transforms import RandomElastic, get_transforms                              # noqa: E402
 from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,     # noqa: E402
                           read_xml_regions, ternary_label)
-from utils import (gland_accuracy_object_level, nuclei_accuracy_object_level,        # noqa: E402
-                   standard_metrics)
+from test import segment                                                             # noqa: E402
+from utils import (InputError, gland_accuracy_object_level,                          # noqa: E402
+                   nuclei_accuracy_object_level, run_script, standard_metrics)
 from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
 
 SIZE = 208
@@ -407,6 +408,25 @@ def benchmark_inference(args):
                   f'{(functions[name]().softmax(1) - plain).abs().max():.1e}') for name, s in seconds.items()])
 
 
+def benchmark_windows(args):
+    """What larger windows buy, on one image with its label: seconds and scores."""
+    if not (args.model_path and args.image and args.label):
+        raise InputError('windows needs --model-path, --image and --label')
+    image = read_image(args.image)
+    label = read_instance_label(args.label, image.shape[:2])
+    rows = []
+    for size, tta in ((208, 'none'), (336, 'none'), (464, 'none'), (592, 'none'), (208, 'full'), (464, 'full')):
+        start = time.perf_counter()
+        found, probabilities = segment(image, args.model_path, '--patch-size', str(size), '--tta', tta)
+        seconds = time.perf_counter() - start
+        reference = probabilities if size == 208 and tta == 'none' else reference
+        scores = standard_metrics(found, label)
+        rows.append((f'{size}, tta {tta}', f'{seconds:.1f}', f'{scores["aji_fullnet"]:.4f}', f'{scores["aji"]:.4f}',
+                     f'{scores["pq"]:.4f}', f'{np.abs(probabilities - reference).mean():.4f}'))
+    print(f'{args.model_path} on {args.image}, overlap 80, {torch.get_num_threads()} threads')
+    print_table(('windows', 'seconds', 'published AJI', 'AJI', 'PQ', 'mean change of the probabilities'), rows)
+
+
 def plain_nuclei_scores(pred, gt):
     """The published nuclei metrics with masks of the whole image and Hausdorff distances over all pixels."""
     pred, gt = (measure.label(x, background=0, connectivity=2) for x in (pred, gt))
@@ -471,10 +491,13 @@ def one_step(args):
 
 def main():
     benchmarks = {'step': (benchmark_step, benchmark_gradients), 'memory': (benchmark_memory,),
-                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,), 'prepare': (benchmark_prepare,),
-                  'inference': (benchmark_inference,), 'metrics': (benchmark_metrics,)}
+                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,),
+                  'prepare': (benchmark_prepare,), 'inference': (benchmark_inference,), 'metrics': (benchmark_metrics,)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, 'all', 'one_step', 'one_image'])
+    parser.add_argument('what', nargs='?', default='all',
+                        choices=[*benchmarks, 'windows', 'all', 'one_step', 'one_image'])
+    for name in ('model_path', 'image', 'label'):
+        parser.add_argument('--' + name.replace('_', '-'), help='for windows')
     parser.add_argument('--batch', type=int, help='patches per step; by default 2, and 8 for memory')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=2)
@@ -485,6 +508,8 @@ def main():
     torch.set_num_threads(args.threads)
     if args.what.startswith('one_'):                             # called by the memory benchmarks
         return {'one_step': one_step, 'one_image': one_image}[args.what](args)
+    if args.what == 'windows':                                   # needs a trained network
+        return benchmark_windows(args)
     for name, functions in benchmarks.items():
         if args.what in (name, 'all'):
             for function in functions:
@@ -492,4 +517,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

@@ -1,7 +1,7 @@
 """Make a file of weights to ship from a training run.
 
-    python scripts/export_pretrained.py --run RUN --data-dir DATA [--checkpoint best] [--scores val_full_metrics.json ...]
-        [--out pretrained/FullNet_MultiOrgan.pth.tar]
+    python scripts/export_pretrained.py --run RUN --data-dir DATA [--checkpoint best]
+        [--scores val_full_metrics.json ...] [--out pretrained/FullNet_MultiOrgan.pth.tar]
 
 It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe, a
 fingerprint of the data, the commit, the hours, and the scores of {set}_metrics.json files of test.py; no optimizer.
@@ -48,15 +48,18 @@ def main(argv=None):
     ending = '' if args.checkpoint == 'latest' else f'_{args.checkpoint}'
     checkpoint = load_checkpoint(args.run / 'checkpoints' / f'checkpoint{ending}.pth.tar')
     if 'options' not in checkpoint or not (args.run / 'run_info.json').is_file():
-        raise InputError(f'{args.run} is not a run of this train.py: expected options in its checkpoint, and run_info.json')
+        raise InputError(f'{args.run} is not a run of this train.py: expected options in its checkpoint, and '
+                         f'run_info.json')
     info = json.loads((args.run / 'run_info.json').read_text())
     mean_std = load_mean_std(args.data_dir / 'mean_std.npy')
     if not np.allclose(mean_std, checkpoint['mean_std'], atol=1e-9):
-        raise InputError(f'{args.data_dir}/mean_std.npy differs from what {args.run} was trained with; give its --data-dir')
+        raise InputError(f'{args.data_dir}/mean_std.npy differs from what {args.run} was trained with; give '
+                         f'its --data-dir')
     weights = {key: value.float() if value.is_floating_point() else value
                for key, value in checkpoint['state_dict'].items()}
     options = checkpoint['options']
-    recipe = {name: value for name, value in options['train'].items() if name not in ('data_dir', 'save_dir', 'checkpoint')}
+    recipe = {name: value for name, value in options['train'].items()
+              if name not in ('data_dir', 'save_dir', 'checkpoint')}
     scores = {str(path.stem): json.loads(path.read_text()) for path in args.scores}
     save_checkpoint(args.out, {
         'epoch': checkpoint['epoch'], 'state_dict': weights, 'mean_std': checkpoint['mean_std'],

@@ -597,7 +597,8 @@ def test_the_report_and_the_contact_sheets(fullnet_files, tmp_path):
     report = json.loads((tmp_path / 'out/prepare_report.json').read_text())
     assert list(report['splits']) == ['train', 'val', 'test_same', 'test_diff']
     areas = np.concatenate([np.bincount(x.ravel())[1:] for x in (label, nuclei_label(1))])
-    assert report['splits']['train']['object_area'] == np.percentile(areas[areas > 0], (5, 25, 50, 75, 95)).round(1).tolist()
+    percentiles = np.percentile(areas[areas > 0], (5, 25, 50, 75, 95)).round(1).tolist()
+    assert report['splits']['train']['object_area'] == percentiles
     assert report['splits']['train']['patches'] == 12 and report['splits']['test_same']['patches'] == 0
     assert report['labels_with_objects_in_pieces']['Breast_A'] == count_objects(label)[1] > 0
     assert report['mean'] == np.load(tmp_path / 'out/mean_std.npy')[0].tolist() and report['minutes'] >= 0

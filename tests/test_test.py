@@ -279,7 +279,7 @@ def test_a_single_image_and_a_folder_with_other_files(images, tmp_path):
         segment(images, '--img-dir', str(tmp_path / 'mixed'))
     for name in ('a.png', 'b.1.png', 'notes.txt'):
         (tmp_path / 'mixed' / name).unlink()
-    with pytest.raises(InputError, match='no images in .*saw slide.svs; whole-slide files are not read; export a region'):
+    with pytest.raises(InputError, match='no images in .*saw slide.svs; whole-slide files are not read; export a'):
         segment(images, '--img-dir', str(tmp_path / 'mixed'))
     (tmp_path / 'mixed/slide.svs').write_bytes(b'II*')
     with pytest.raises(InputError, match='slide.svs: whole-slide files are not read; export a region as TIFF'):
@@ -437,7 +437,8 @@ def test_exported_weights(trained, capsys):
                                                                  'pretrained/weights.pth.tar'))
     assert all(torch.equal(run['state_dict'][key], value) for key, value in shipped['state_dict'].items())
     assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std']
-    pixels_of_train = np.concatenate([rgb2lab(pixels(p)).reshape(-1, 3) for p in (trained / 'data/images/train').iterdir()])
+    images = (trained / 'data/images/train').iterdir()
+    pixels_of_train = np.concatenate([rgb2lab(pixels(path)).reshape(-1, 3) for path in images])
     assert np.allclose(shipped['lab'], [pixels_of_train.mean(0), pixels_of_train.std(0)])
     assert len(shipped['data_sha256']) == 64 and shipped['hours'] > 0
     with pytest.raises(InputError, match='mean_std.npy differs from what .*run was trained with'):
@@ -473,7 +474,7 @@ def test_color_norm_and_scale_factor(trained):
     expected = test_script.segment(normalizer.transform(faded), weights, *words)[1]
     assert np.array_equal(test_script.segment(faded, weights, '--color-norm', 'True', *words)[1], expected)
     assert not np.array_equal(test_script.segment(faded, weights, *words)[1], expected)
-    with pytest.raises(InputError, match="--color-norm True needs the training images' colours, which .* does not carry"):
+    with pytest.raises(InputError, match="--color-norm True needs the training images' colours, which .* does not"):
         test_script.segment(image, trained / 'run/checkpoints/checkpoint_best.pth.tar', '--color-norm')
 
     label, probabilities = test_script.segment(image, weights, '--scale-factor', '2', *words)
