@@ -424,17 +424,22 @@ def predict_probabilities(predict, image, tta='full'):
     return np.asarray(total / len(orientations), dtype=np.float32)
 
 
-def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, batch_size=1, band_pixels=2 ** 22):
+def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, batch_size=1, band_pixels=2 ** 23):
     """Probability maps of an image of any size, band by band: `predict_probabilities` with `split_forward`'s windows.
 
     predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and a shape (H', W') that they are to be
     padded to, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities) of
-    about `band_pixels` pixels, float32 (bottom - top, W, n_classes), from top to bottom. How the image is cut into
-    bands changes nothing: each pixel comes from one window of the whole image's grid, for every orientation.
+    at least `band_pixels` pixels, but for the last, float32 (bottom - top, W, n_classes), from top to bottom. How the
+    image is cut into bands changes nothing: each pixel comes from one window of the whole image's grid, for every
+    orientation. Windows that write to two bands are computed twice; bands end where rows of windows do, so that
+    without augmentation there are none.
     """
     height, width = image.shape[:2]
-    band_rows = max(size, band_pixels // width)
-    bands = [(top, min(top + band_rows, height)) for top in range(0, height, band_rows)]
+    edges = [0]
+    for _, _, first, _ in window_grid(height, size, overlap)[1]:
+        if (first - edges[-1]) * width >= band_pixels and first < height:
+            edges.append(first)
+    bands = list(zip(edges, [*edges[1:], height]))
     jobs = [[list(_windows_of_band(*band, height, width, size, overlap, turns)) for turns, _ in ORIENTATIONS[tta]]
             for band in bands]
     progress = tqdm(total=sum(len(windows) for band in jobs for windows in band), desc='windows', unit='window',

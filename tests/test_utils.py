@@ -369,14 +369,18 @@ def test_bands_are_the_sliding_window_of_the_whole_image(tta, height, width, siz
     @torch.no_grad()
     def windows(crops, shape):
         assert 1 <= len(crops) <= batch_size
+        jobs[-1] += len(crops)
         x = torch.cat([F.pad(to_tensor(crop), (0, shape[1] - crop.shape[1], 0, shape[0] - crop.shape[0]))
                        for crop in crops])
         return model(x).softmax(1).permute(0, 2, 3, 1).numpy()
+    jobs = []
     for batch_size, band_pixels in ((1, 2 ** 22), (3, 700), (2, 1)):
+        jobs.append(0)
         tops, bottoms, bands = zip(*predict_in_bands(windows, image, size, overlap, tta, 3, batch_size, band_pixels))
         assert tops[0] == 0 and bottoms[-1] == height and tops[1:] == bottoms[:-1]
         assert band_pixels > 700 or len(bands) > 1 or height <= size
         assert np.allclose(np.concatenate(bands), expected, atol=1e-6)
+    assert jobs[0] == jobs[1] == jobs[2] or tta != 'none'              # no window is computed twice
 
 
 @pytest.mark.parametrize('rows', [1, 5, 2048])
