@@ -36,6 +36,9 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
     if not folder.is_dir():
         raise InputError(f'expected a folder, found a file: {folder}')
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
+    for name in names:
+        if not name.isprintable() and any('\ud800' <= c <= '\udfff' for c in name):        # bytes that are no UTF-8
+            raise InputError(f'{folder}: the file name {ascii(name)} is not UTF-8; rename the file')
     paths = [folder / n for n in names if Path(n).suffix.lower() in extensions]
     if not paths:
         slide = next((n for n in names if Path(n).suffix.lower() in WHOLE_SLIDE_EXTENSIONS), None)
@@ -66,6 +69,12 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
     if missing:
         raise InputError(missing_files_message('instance labels of images', missing, label_dir) + hint)
     return [files[found[0]] for found in names]
+
+
+def refuse_same_folder(data_dir, save_dir):
+    """Raise InputError if the results would be written among the input."""
+    if Path(data_dir).resolve() == Path(save_dir).resolve():
+        raise InputError(f'reading from and writing to the same folder {data_dir}; give another folder to write to')
 
 
 def missing_files_message(kind, missing, folder):
@@ -112,7 +121,10 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
 def image_size(path, max_megapixels=MAX_MEGAPIXELS):
     """(height, width) of what `read_image` returns, by the file's header. Raises InputError as `open_image`."""
     with open_image(path, max_megapixels) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
+        try:
+            turned = image.getexif().get(0x0112, 1) >= 5                    # which may decode the whole image
+        except Exception as error:
+            raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -224,6 +236,8 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
         label = label[..., 0]
     if label.ndim != 2:
         raise InputError(f'{path} has shape {label.shape}; expected a label of shape (height, width)')
+    if label.size == 0:
+        raise InputError(f'{path} has no pixel, shape {label.shape}; expected a label of shape (height, width)')
     if label.dtype.kind == 'f':
         if not np.isfinite(label).all() or (label != np.floor(label)).any():
             raise InputError(f'{path} holds fractional or non-finite values; expected integer ids')
@@ -369,6 +383,9 @@ def check_mean_std(array, path):
                          f'mean and standard deviation per channel; prepare_data.py writes it')
     if (array[1] <= 0).any():
         raise InputError(f'{path} has a standard deviation of 0 or less; prepare_data.py writes it anew')
+    if array.min() < 0 or array.max() > 1:
+        raise InputError(f'{path} holds values from {array.min():g} to {array.max():g}; expected those of colours '
+                         f'from 0 to 1; prepare_data.py writes it')
     return array.astype(np.float64)
 
 

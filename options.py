@@ -3,13 +3,12 @@
 Edit the defaults here, or give any of them on the command line: `--batch-size 4`, `--n-layers 4`,
 `--transform.train.random_affine 0.2`. A default that depends on the data set is `by_dataset(...)`.
 """
-import argparse
 import json
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from FullNet import LAYER_TYPES, NETWORKS, layer_dilations
-from utils import InputError, write_text
+from utils import InputError, Parser, write_text
 
 DATASETS = ('MultiOrgan', 'GlaS')
 
@@ -123,7 +122,7 @@ TRAIN = dict(
     checkpoint=Option('', str, 'checkpoint to resume from', flags=('--checkpoint-path',)),
     overwrite=Option(False, boolean, 'replace the run that is in save_dir'),
     init_from=Option('', str, 'checkpoint whose weights to start from (fine-tuning)'),
-    seed=Option(2019, int, 'seed of weights, shuffling, transforms and dropout', at_least=0),
+    seed=Option(2019, int, 'seed of weights, shuffling, transforms and dropout', at_least=0, below=2 ** 63),
     use_weight_map=Option(True, boolean, 'weight the cross entropy; False gives every pixel the weight 1'),
     lr_schedule=Option('none', str, 'learning rate over the steps', choices=('none', 'cosine', 'onecycle')),
     warmup_epochs=Option(0.0, float, 'epochs of linear warm-up, for none and cosine', at_least=0),
@@ -203,7 +202,7 @@ PREPARE = dict(
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),
-    seed=Option(2019, int, 'seed of that split', at_least=0),
+    seed=Option(2019, int, 'seed of that split', at_least=0, below=2 ** 63),
     binary_labels=Option(False, boolean, '0/255 masks as labels: their 8-connected components are the objects'),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
@@ -252,11 +251,6 @@ def set_transform(transforms, name, value):
 # Options
 # ---------------------------------------------------------------------------------------------------
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f'{message} (see python {self.prog} --help)')
-
-
 class Options:
     """The option groups of one script as dictionaries: `opt.model['n_layers']`, `opt.train['lr']`, ...
 
@@ -273,7 +267,7 @@ class Options:
 
     def parse(self, argv=None):
         """Read the command line (`sys.argv` if `argv` is None) over the defaults; returns self."""
-        first = _Parser(add_help=False, prog=f'{self.script}.py', allow_abbrev=False)
+        first = Parser(add_help=False, prog=f'{self.script}.py', allow_abbrev=False)
         first.add_argument(*self.dataset_flags, dest='dataset', choices=DATASETS)
         dataset = first.parse_known_args(argv)[0].dataset
         if dataset:
@@ -312,7 +306,7 @@ class Options:
 
     def _parser(self, defaults):
         program = {'train': 'train.py', 'test': 'test.py', 'prepare': 'prepare_data.py'}[self.script]
-        parser = _Parser(prog=program, allow_abbrev=False, description=f'Options of {program}; defaults in options.py.')
+        parser = Parser(prog=program, allow_abbrev=False, description=f'Options of {program}; defaults in options.py.')
         parser.add_argument(*self.dataset_flags, dest='dataset', default=DATASET.default, choices=DATASETS,
                             help=DATASET.help)
         for group, options in self.groups.items():
@@ -378,12 +372,27 @@ class Options:
                     raise InputError(f'{flag} is {value}; expected less than {option.below}')
         if hasattr(self, 'model'):
             self._check_model()
+        self._check_transforms()
         if self.script == 'train' and self.train['val_overlap'] >= self.train['input_size']:
             raise InputError(f'--val-overlap is {self.train["val_overlap"]}; expected less than '
                              f'--input-size, {self.train["input_size"]}')
         if self.script == 'test' and 0 < self.test['patch_size'] <= self.test['overlap']:
             raise InputError(f'--overlap is {self.test["overlap"]}; expected less than '
                              f'--patch-size, {self.test["patch_size"]}')
+
+    def _check_transforms(self):
+        at_least = {'scale': 1, 'random_crop': 1, 'label_encoding': 0, 'random_affine': 0, 'random_rotation': 0}
+        for split, transforms in self.transform.items():
+            for name, value in transforms.items():
+                flag = f'--transform.{split}.{name}'
+                if name in at_least and not value >= at_least[name]:
+                    raise InputError(f'{flag} is {value}; expected at least {at_least[name]}')
+                if name == 'random_resize' and not 0 < value[0] <= value[1]:
+                    raise InputError(f'{flag} is {_show(value)}; expected two factors LO HI with 0 < LO <= HI')
+                if name == 'random_elastic' and not (value[0] >= 1 and value[1] >= 0):
+                    raise InputError(f'{flag} is {_show(value)}; expected at least 1 point and a sigma of at least 0')
+            if 'to_tensor' not in transforms:
+                raise InputError(f'--transform.{split}.to_tensor is none; expected 1: the network needs tensors')
 
     def _check_model(self):
         if self.model['in_c'] != 3:

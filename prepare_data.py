@@ -32,7 +32,7 @@ from skimage.segmentation import find_boundaries
 from tqdm import tqdm
 
 from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ignore_interrupt, image_size, list_images,
-                     missing_files_message, note, open_image, read_image, read_instance_label)
+                     missing_files_message, note, open_image, read_image, read_instance_label, refuse_same_folder)
 from options import Options
 from utils import InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
 from weight_map import encode_weight_map, label_name, weight_map
@@ -121,7 +121,7 @@ def read_xml_regions(xml_path):
             parser.ParseFile(file)
     except FileNotFoundError:
         raise InputError(f'no such file: {xml_path}') from None
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:                     # LookupError: an encoding that Python lacks
         raise InputError(f'{xml_path} is not well-formed XML ({error}); expected an ImageScope annotation') from None
     if not regions:
         raise InputError(f'{xml_path} holds no region; expected at least one in Annotations/Annotation/Regions')
@@ -179,7 +179,7 @@ def create_ternary_labels(data_dir, save_dir, binary_labels=False):
 
     GlaS labels keep their name: `train_8_anno.bmp` gives `train_8_anno.bmp`.
     """
-    _refuse_same_folder(data_dir, save_dir)
+    refuse_same_folder(data_dir, save_dir)
     for path in tqdm(list_images(data_dir, LABEL_EXTENSIONS), desc='ternary labels', disable=None):
         file_name = f'{path.stem}.bmp' if path.stem.endswith('_anno') else f'{label_name(path)}_label.png'
         save_image(Path(save_dir) / file_name, ternary_label(read_instance_label(path, binary_labels=binary_labels)))
@@ -214,15 +214,10 @@ class Reinhard_normalizer:
 
 def color_norm(anchor_img_path, data_dir, save_dir):
     """Normalise the colours of every image in `data_dir` to those of the anchor image; writes `{name}.png`."""
-    _refuse_same_folder(data_dir, save_dir)
+    refuse_same_folder(data_dir, save_dir)
     normalizer = Reinhard_normalizer().fit(read_image(anchor_img_path))
     for path in tqdm(list_images(data_dir), desc='colour normalisation', disable=None):
         save_image(Path(save_dir) / f'{path.stem}.png', normalizer.transform(read_image(path)))
-
-
-def _refuse_same_folder(data_dir, save_dir):
-    if Path(data_dir).resolve() == Path(save_dir).resolve():
-        raise InputError(f'reading from and writing to the same folder {data_dir}; give another folder to write to')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -246,7 +241,7 @@ def split_patches(data_dir, save_dir, postfix=None):
     With `postfix` ('label', 'weight'), only files named `{name}_{postfix}` are cut, into `{name}_{k}_{postfix}.png`,
     their pixels as stored; without, all are, as RGB. Raises InputError if there is none or one is smaller than a patch.
     """
-    _refuse_same_folder(data_dir, save_dir)
+    refuse_same_folder(data_dir, save_dir)
     paths = list_images(data_dir)
     if postfix is not None:
         paths = [path for path in paths if path.stem.endswith(f'_{postfix}')]
@@ -477,7 +472,7 @@ def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
 def draw_split(names, fractions, seed):
     """{'train': [names], 'val': ..., 'test': ...}: the fractions of the names, at least one for train and val each."""
     train, val, test = fractions
-    if min(fractions) < 0 or train == 0 or val == 0 or abs(sum(fractions) - 1) > 1e-6:
+    if not (train > 0 and val > 0 and test >= 0 and abs(sum(fractions) - 1) <= 1e-6):              # NaN is none of it
         raise InputError(f'--fractions is {train:g} {val:g} {test:g}; expected the shares of train, val and test, '
                          f'which add up to 1, the first two above 0')
     if len(names) < 2:
@@ -598,6 +593,9 @@ def prepare(dataset, options):
     histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
                     if source.split in ('train', 'val'))
     mean_std = mean_std_of(histogram)
+    if (mean_std[1] == 0).any():
+        raise InputError('a colour channel has the same value in all pixels of all training and validation images; '
+                         'expected photographs: look at the images')
     parts = {part: [name for name, *_ in group] for part, group in
              itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
     for sheet in set(data_dir.glob('contact_sheet_*.png')) - {data_dir / f'contact_sheet_{part}.png' for part in parts}:

@@ -290,10 +290,10 @@ class Results:
 
     def is_finished(self, path, label_path):
         """Whether the image was finished with the same options, weights, image and label; then its record is taken."""
-        key = hashlib.sha256(json.dumps([self.made_of, sha256_of(path), label_path and sha256_of(label_path)]
-                                        ).encode()).hexdigest()
-        self.records[path.stem] = {'key': key}
+        self.records[path.stem] = {'key': ''}
         try:
+            made_of = [self.made_of, sha256_of(path), label_path and sha256_of(label_path)]
+            key = self.records[path.stem]['key'] = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
             record = json.loads(self.path('records', path.stem, '.json').read_text(encoding='utf-8'))
             finished = record['key'] == key and all((self.folder / file).is_file() for file in record['files'])
         except (OSError, ValueError, KeyError, TypeError):                   # none, or not one of ours

@@ -3,6 +3,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import operator
 import platform
 import shutil
 import subprocess
@@ -344,10 +345,17 @@ class TrainingState:
             raise InputError(f'{path} holds no optimizer state, so that it cannot be resumed; '
                              f'start a new run from its weights with --init-from')
         load_weights(self.validation_model(), checkpoint['state_dict'], opt.model, path)
+        if self.average and 'raw_state_dict' not in checkpoint:
+            raise InputError(f'{path} holds no averaged weights, so that it cannot be resumed with --ema-decay; '
+                             f'leave it out, or start a new run from its weights with --init-from')
         if self.average:
             load_weights(self.model, checkpoint['raw_state_dict'], opt.model, path)
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
-        self.epoch, self.best_iou = checkpoint['epoch'], float(checkpoint['best_iou'])
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            self.epoch, self.best_iou = operator.index(checkpoint['epoch']), float(checkpoint['best_iou'])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f'{path} holds no epoch, best_iou or optimizer state that fits the network ({error}); '
+                             f'start a new run from its weights with --init-from') from error
         self.step = self.epoch * self.steps_per_epoch
         if 'step' not in checkpoint:                                   # published
             return

@@ -1,9 +1,11 @@
 """What the scripts share: user errors, safe saving, sliding window, post-processing, metrics."""
+import argparse
 import contextlib
 import copy
 import errno
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import signal
@@ -36,6 +38,13 @@ class InputError(ValueError):
     """Something the user can mend. Its message is one line: what was found, expected, where, what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose user's mistakes are one line, an InputError."""
+
+    def error(self, message):
+        raise InputError(f'{message} (see python {self.prog} --help)')
+
+
 def run_script(main):
     """Run `main()` as a program and exit with 0 (done), 2 (the user can mend it), 130 / 143 (SIGINT / SIGTERM).
 
@@ -58,11 +67,22 @@ def run_script(main):
             _exit_with(2, f'error: no space left on the disk while writing {error.filename or "a file"}; '
                           f'free some space and run the same command again')
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
-                           errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+                           errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
             _exit_with(2, f'error: {error.strerror}: {error.filename}')
         raise
     except KeyboardInterrupt:
         _exit_with(130, 'interrupted')
+    finally:
+        _end_helpers()
+
+
+def _end_helpers():
+    """End the processes that help, should an error have left some: they ignore what Python would send them at its end."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would take their end for a failure
+    for child in children:
+        child.kill()
 
 
 class StopRequest:
@@ -249,7 +269,8 @@ def load_checkpoint(path):
         raise InputError(f'{path} is not a checkpoint, or is damaged ({type(error).__name__}); '
                          f'copy it again') from error
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                                for k, v in weights.items()):
         raise InputError(f'{path} is not a checkpoint: expected a dict with a state_dict of tensors')
     checkpoint['state_dict'] = {key.removeprefix('module.'): value for key, value in weights.items()}
     return checkpoint

@@ -4,7 +4,6 @@
 
 writes `{name}_weight.png` for every instance label in a folder. `prepare_data.py` calls the same functions.
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from scipy import ndimage
 from skimage.measure import label as connected_regions
 from tqdm import tqdm
 
-from dataset import LABEL_EXTENSIONS, list_images, read_instance_label
-from utils import InputError, run_script, save_image
+from dataset import LABEL_EXTENSIONS, list_images, read_instance_label, refuse_same_folder
+from utils import InputError, Parser, run_script, save_image
 
 W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; training adds 1 to every pixel
 NEGLIGIBLE = 1e-4     # weights below this may be stored as less than they are; 8 bits resolve 0.05
@@ -142,13 +141,19 @@ def create_weight_maps(label_dir, save_dir, sigma=5.0, w0=W0, binary_labels=Fals
     `train_8_anno_weight.png`. Labels must be of whole images, not patches: an object beyond a patch's edge counts.
     Raises InputError for a missing or empty folder and for what is not an instance label.
     """
-    for path in tqdm(list_images(label_dir, LABEL_EXTENSIONS), desc='weight maps', disable=None):
+    refuse_same_folder(label_dir, save_dir)
+    paths, names = list_images(label_dir, LABEL_EXTENSIONS), {}
+    for path in paths:
+        other = names.setdefault(label_name(path), path)
+        if other != path:
+            raise InputError(f'{other.name} and {path.name} in {label_dir} are labels of one image; keep one of them')
+    for path in tqdm(paths, desc='weight maps', disable=None):
         w = weight_map(read_instance_label(path, binary_labels=binary_labels), w0, sigma)
         save_image(Path(save_dir) / f'{label_name(path)}_weight.png', encode_weight_map(w))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Write the weight map of every instance label in a folder.')
+    parser = Parser(description='Write the weight map of every instance label in a folder.')
     parser.add_argument('--label-dir', required=True, help='folder of instance labels of whole images')
     parser.add_argument('--save-dir', required=True, help='where {name}_weight.png files go')
     parser.add_argument('--sigma', type=float, default=5.0, help='pixels: 5 for MultiOrgan nuclei, 20 for GlaS glands')
