@@ -121,7 +121,9 @@ def read_xml_regions(xml_path):
             parser.ParseFile(file)
     except FileNotFoundError:
         raise InputError(f'no such file: {xml_path}') from None
-    except (expat.ExpatError, LookupError) as error:                     # LookupError: an encoding that Python lacks
+    except InputError:
+        raise
+    except (expat.ExpatError, LookupError, ValueError) as error:         # the last two: encodings that are not there
         raise InputError(f'{xml_path} is not well-formed XML ({error}); expected an ImageScope annotation') from None
     if not regions:
         raise InputError(f'{xml_path} holds no region; expected at least one in Annotations/Annotation/Regions')

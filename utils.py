@@ -10,7 +10,7 @@ import os
 import pickle
 import signal
 import sys
-import tempfile
+import uuid
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -51,6 +51,8 @@ def run_script(main):
     An `InputError`, a missing or forbidden file and a full disk are one line on stderr. Any other
     exception is a bug of ours: it keeps its traceback and exits with 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')             # file names that the terminal cannot show
     warnings.showwarning = lambda message, *_: print(f'note: {message}', file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
     try:
@@ -114,7 +116,7 @@ class StopRequest:
 
 
 def _exit_with(code, message):
-    print(' '.join(message.split('\n')), file=sys.stderr)
+    print(' '.join(message.split('\n')).strip(), file=sys.stderr)
     sys.exit(code)
 
 
@@ -131,22 +133,14 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix='.tmp_', suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    temporary = path.parent / f'.tmp_{uuid.uuid4().hex}{path.suffix}'      # named first, so that no signal loses it
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())     # mkstemp makes private files
+        yield str(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
-
-
-def _umask():
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def write_text(path, text):
@@ -316,14 +310,18 @@ def load_weights(model, state_dict, options, path):
         raise InputError(f'{path} does not fit the model: {_what_differs(state_dict, options)}'
                          + _name_keys('missing', missing) + _name_keys('extra', extra)
                          + _name_keys('of another shape', shapes_differ))
-    for key, value in state_dict.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f'{path}: {key} holds NaN or infinite weights; use an earlier checkpoint')
+    try:
+        not_finite = [key for key, value in state_dict.items() if not torch.isfinite(value).all()]
+        model.load_state_dict(state_dict)
+    except (RuntimeError, NotImplementedError) as error:            # sparse, quantised, or reaching out of their storage
+        raise InputError(f'{path} holds tensors that are no weights ({str(error).splitlines()[0]}); '
+                         f'copy it again') from error
+    if not_finite:
+        raise InputError(f'{path}: {not_finite[0]} holds NaN or infinite weights; use an earlier checkpoint')
     types = {value.dtype for value in state_dict.values() if value.is_floating_point()} - {torch.float32}
     if types:
         warnings.warn(f'{path}: {", ".join(str(t).removeprefix("torch.") for t in types)} weights, '
                       f'converted to float32', stacklevel=2)
-    model.load_state_dict(state_dict)
 
 
 def _name_keys(what, keys):
