@@ -2,6 +2,7 @@
 import signal
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
 WHOLE_SLIDE_EXTENSIONS = ('.svs', '.ndpi', '.mrxs', '.scn', '.vsi', '.czi', '.bif', '.vms')
 WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for instance with QuPath (File > Export images)'
 MAX_MEGAPIXELS = 1000
+
+# Deflate packs 1,032 to 1; a byte holds up to 8 palette pixels. Up to ANY_MEGAPIXELS a file may declare anything.
+PIXELS_PER_BYTE = 10_000
+ANY_MEGAPIXELS = 16
 
 Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
 
@@ -115,17 +120,39 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
     if megapixels > max_megapixels:
         raise InputError(f'{path} declares {image.width} x {image.height} = {megapixels:.0f} megapixels, more than '
                          f'max_megapixels = {max_megapixels}; crop it or raise the limit')
+    if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * path.stat().st_size:
+        raise InputError(f'{path} declares {image.width} x {image.height} pixels, more than its '
+                         f'{path.stat().st_size:,} bytes can hold; it is damaged or truncated: copy it again')
     return image
 
 
 def image_size(path, max_megapixels=MAX_MEGAPIXELS):
     """(height, width) of what `read_image` returns, by the file's header. Raises InputError as `open_image`."""
     with open_image(path, max_megapixels) as image:
-        try:
-            turned = image.getexif().get(0x0112, 1) >= 5                    # which may decode the whole image
-        except Exception as error:
-            raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
-        return (image.width, image.height) if turned else (image.height, image.width)
+        if orientation_of(image, path) != 1:                             # Pillow turns some TIFFs by itself, some not
+            try:
+                image = ImageOps.exif_transpose(image)
+            except Exception as error:
+                raise damaged(path, error) from error
+        return image.height, image.width
+
+
+def orientation_of(image, path):
+    """EXIF orientation, 1 to 8, of an opened Pillow image; 1 where there is none or it is no such number.
+
+    Raises InputError if the file is damaged: Pillow decodes a PNG to look for EXIF behind the pixels.
+    """
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception as error:
+        raise damaged(path, error) from error
+    return orientation if orientation in range(1, 9) else 1
+
+
+def damaged(path, error):
+    """The InputError for a file that a decoder failed on; one line, whatever the decoder said."""
+    said = ' '.join(str(error).split())[:200] or type(error).__name__
+    return InputError(f'{path} is damaged or truncated ({said}); copy it again')
 
 
 def decode(image, path):
@@ -133,7 +160,7 @@ def decode(image, path):
     try:
         return np.array(image)
     except Exception as error:       # Pillow's decoders raise almost anything on damaged data
-        raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
+        raise damaged(path, error) from error
 
 
 def bits_per_channel(image):
@@ -158,14 +185,19 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     """
     path = Path(path)
     image = open_image(path, max_megapixels)
-    frames = getattr(image, 'n_frames', 1)
-    if frames > 1:
-        if image.format == 'TIFF':
-            _refuse_pages(image, path, frames)
-        else:
-            note(f'{path.name}: animated, only the first of its {frames} frames is used')
-        image.seek(0)
-    bits = bits_per_channel(image)
+    try:                             # Pillow reads the header of every page
+        frames = getattr(image, 'n_frames', 1)
+        if frames > 1:
+            if image.format == 'TIFF':
+                _refuse_pages(image, path, frames)
+            else:
+                note(f'{path.name}: animated, only the first of its {frames} frames is used')
+            image.seek(0)
+        bits = bits_per_channel(image)
+    except InputError:
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
     if image.mode == '1' or bits == 1:
         raise InputError(f'{path} is a 1-bit image; expected 8-bit RGB')
     if image.mode == 'F':
@@ -181,8 +213,8 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
         note(f'{path.name}: {"palette" if image.mode[0] == "P" else "grey"} image, converted to RGB')
     has_alpha = image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info
     try:
-        orientation = image.getexif().get(0x0112, 1)
-        if orientation not in (0, 1):
+        orientation = orientation_of(image, path)
+        if orientation != 1:
             note(f'{path.name}: turned by its EXIF orientation ({orientation})')
             image = ImageOps.exif_transpose(image)
         if has_alpha:
@@ -191,8 +223,10 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
                 note(f'{path.name}: its alpha channel is not fully opaque; it was dropped')
         if image.mode != 'RGB':
             image = image.convert('RGB')
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
+        raise damaged(path, error) from error
     return decode(image, path)
 
 
@@ -207,7 +241,10 @@ def _refuse_pages(image, path, frames):
 def _read_16bit(path, scale):
     import SimpleITK as sitk
     lo, hi = scale
-    pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    try:
+        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except RuntimeError as error:    # of several lines, about SimpleITK's source files
+        raise InputError(f'{path} is damaged or truncated; copy it again') from error
     pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
 
@@ -229,7 +266,7 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
         raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP, TIFF or .npy label')
     load = {'.npy': _load_npy, '.mat': _load_mat}.get(path.suffix.lower())
     label = load(path) if load else _decode_label(path, max_megapixels)
-    if label.ndim == 3:
+    if label.ndim == 3 and label.shape[2] > 0:
         if not (label == label[..., :1]).all():
             raise InputError(f'{path} is a colour image; expected one integer id per pixel (0 = background)')
         note(f'{path.name}: RGB label with three equal channels, one of them is used')
@@ -245,7 +282,7 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
         raise InputError(f'{path} holds {label.dtype} values; expected integer ids')
     if label.size and label.min() < 0:
         raise InputError(f'{path} holds negative ids; expected 0 = background and positive ids')
-    if label.size and label.max() > np.iinfo(np.int32).max:
+    if label.size and int(label.max()) > np.iinfo(np.int32).max:            # int: 2 ** 31 in float32 would pass
         raise InputError(f'{path} holds ids above {np.iinfo(np.int32).max}')
     label = label.astype(np.int32)
     if image_shape is not None and label.shape != tuple(image_shape):
@@ -266,23 +303,51 @@ def _load_npy(path):
     if not path.is_file():
         raise InputError(f'no such file: {path}')
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f'{path} is not a plain NumPy array ({error})') from error
+        return np.array(np.lib.format.open_memmap(path, mode='r'))     # mapped: a damaged shape allocates nothing
+    except Exception as error:       # a damaged header raises almost anything
+        raise InputError(f'{path} is not a plain NumPy array ({" ".join(str(error).split())[:200]})') from error
 
 
 def _load_mat(path):
     if not path.is_file():
         raise InputError(f'no such file: {path}')
     try:
+        _check_mat(path)
         contents = loadmat(path, variable_names=['inst_map'])
     except NotImplementedError as error:
         raise InputError(f'{path} is a MATLAB file of version 7.3; save it with -v7') from error
     except Exception as error:       # loadmat raises almost anything on damaged data
-        raise InputError(f'{path} is not a MATLAB file, or is damaged ({error})') from error
+        said = ' '.join(str(error).split())[:200]
+        raise InputError(f'{path} is not a MATLAB file, or is damaged ({said})') from error
     if 'inst_map' not in contents:
         raise InputError(f'{path} has no variable inst_map; expected an instance label of that name')
+    if not isinstance(contents['inst_map'], np.ndarray):
+        raise InputError(f'{path}: inst_map is a sparse matrix; expected a full one: save full(inst_map)')
     return contents['inst_map']
+
+
+def _check_mat(path):
+    """Raise ValueError if a data element of a MATLAB 5 file is of an unknown type: SciPy looks that up unchecked, and
+    the process crashes."""
+    data = path.read_bytes()
+    order = {b'IM': '<', b'MI': '>'}.get(data[126:128])
+    if order and 1 in data[124:126]:                   # version 1; 7.3 is 2, which is not made of elements
+        _check_elements(memoryview(data)[128:], order)
+
+
+def _check_elements(data, order):
+    while len(data) >= 8:
+        kind, size = struct.unpack(order + 'II', data[:8])
+        small = kind >> 16           # up to 4 bytes, in the place of the size
+        if (kind & 0xffff if small else kind) not in (*range(1, 8), 9, *range(12, 19)):
+            raise ValueError(f'element of type {kind}')
+        if not small and size > len(data) - 8:
+            raise ValueError('an element is longer than the file')
+        if kind == 15:
+            _check_elements(memoryview(zlib.decompress(data[8:8 + size])), order)
+        elif kind == 14:
+            _check_elements(data[8:8 + size], order)
+        data = data[8 if small else 8 + (size if kind == 15 else -(-size // 8) * 8):]
 
 
 def _decode_label(path, max_megapixels):
@@ -303,7 +368,7 @@ def _read_tiff_32bit(path):
     try:
         return tifffile.imread(path)
     except Exception as error:
-        raise InputError(f'{path} is damaged or truncated ({error}); copy it again') from error
+        raise damaged(path, error) from error
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ def read_xml_regions(xml_path):
         if open_tags[0] != 'Annotations':
             raise InputError(f'{xml_path} is not an ImageScope annotation: expected Annotations/Annotation/Regions/'
                              f'Region/Vertices/Vertex, found the root element {open_tags[0]}')
+        if len(open_tags) > 6:                         # a damaged file may nest deep: no copy of all that is open
+            return
         if open_tags[1:] == ['Annotation', 'Regions', 'Region']:
             regions.append([])
         elif open_tags[1:] == ['Annotation', 'Regions', 'Region', 'Vertices', 'Vertex']:

@@ -454,7 +454,10 @@ def colour_instances(label, rows=2048):
                             number[high]) % N_COLOURS
     palette = (colours * 255).astype(np.uint8)[number]
     palette[0] = 0
-    return np.concatenate([palette[label[top:top + rows]] for top in range(0, len(label), rows)])
+    picture = np.empty((*label.shape, 3), np.uint8)
+    for top in range(0, len(label), rows):                               # in pieces, for large images
+        picture[top:top + rows] = palette[label[top:top + rows]]
+    return picture
 
 
 def touching_pairs(label):

@@ -52,7 +52,8 @@ def run_script(main):
     exception is a bug of ours: it keeps its traceback and exits with 1.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')             # file names that the terminal cannot show
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')         # file names that the terminal cannot show
     warnings.showwarning = lambda message, *_: print(f'note: {message}', file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
     try:
@@ -253,13 +254,14 @@ def load_checkpoint(path):
         raise InputError(f'no checkpoint at {path}; train first, or give --model-path / --checkpoint-path')
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            # from memory: a damaged file that names a length of gigabytes then gets no more than there is
+            checkpoint = torch.load(io.BytesIO(path.read_bytes()), map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if 'global' in str(error).lower():             # the name of something that is neither tensor nor plain value
             raise InputError(f'{path} holds more than weights and plain values, and was not loaded: it could run '
                              f'code; get the checkpoint from its authors as weights only') from error
         raise InputError(f'{path} is not a checkpoint, or is damaged; copy it again') from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError) as error:
+    except Exception as error:                         # a damaged pickle makes PyTorch raise almost anything
         raise InputError(f'{path} is not a checkpoint, or is damaged ({type(error).__name__}); '
                          f'copy it again') from error
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
@@ -310,8 +312,12 @@ def load_weights(model, state_dict, options, path):
         raise InputError(f'{path} does not fit the model: {_what_differs(state_dict, options)}'
                          + _name_keys('missing', missing) + _name_keys('extra', extra)
                          + _name_keys('of another shape', shapes_differ))
+    for key, value in state_dict.items():
+        if value.is_floating_point() != expected[key].is_floating_point():                   # integers, complex
+            raise InputError(f'{path}: {key} holds {value.dtype}, expected {expected[key].dtype}; copy it again')
     try:
-        not_finite = [key for key, value in state_dict.items() if not torch.isfinite(value).all()]
+        # as float32, in which they are used: 1e300 is infinite there
+        not_finite = [key for key, value in state_dict.items() if not torch.isfinite(value.float()).all()]
         model.load_state_dict(state_dict)
     except (RuntimeError, NotImplementedError) as error:            # sparse, quantised, or reaching out of their storage
         raise InputError(f'{path} holds tensors that are no weights ({str(error).splitlines()[0]}); '
@@ -327,7 +333,8 @@ def load_weights(model, state_dict, options, path):
 def _name_keys(what, keys):
     if not keys:
         return ''
-    return f'; {len(keys)} {what}: {", ".join(keys[:3])}' + (', ...' if len(keys) > 3 else '')
+    names = ', '.join(repr(key)[1:-1][:100] for key in keys[:3])           # a stranger's keys may hold line breaks
+    return f'; {len(keys)} {what}: {names}' + (', ...' if len(keys) > 3 else '')
 
 
 def _what_differs(state_dict, options):
