@@ -80,7 +80,7 @@ def run_script(main):
 
 
 def _end_helpers():
-    """End the processes that help, should an error have left some: they ignore what Python would send them at its end."""
+    """End the helping processes, should an error have left some: they ignore what Python would send them at its end."""
     children = multiprocessing.active_children()
     if children and hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would take their end for a failure
@@ -319,7 +319,7 @@ def load_weights(model, state_dict, options, path):
         # as float32, in which they are used: 1e300 is infinite there
         not_finite = [key for key, value in state_dict.items() if not torch.isfinite(value.float()).all()]
         model.load_state_dict(state_dict)
-    except (RuntimeError, NotImplementedError) as error:            # sparse, quantised, or reaching out of their storage
+    except (RuntimeError, NotImplementedError) as error:         # sparse, quantised, or beyond their storage
         raise InputError(f'{path} holds tensors that are no weights ({str(error).splitlines()[0]}); '
                          f'copy it again') from error
     if not_finite:
