@@ -1209,8 +1209,14 @@ def test_preparing_images_of_one_colour_only(here):
 # As programs
 # ---------------------------------------------------------------------------------------------------
 
+def heed_interrupts():
+    """A shell that starts the tests in the background makes them, and what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(script, *words, code=None, **options):
     arguments = ['-c', code] if code else [str(ROOT / SCRIPT[script])]
+    options.setdefault('preexec_fn', heed_interrupts)
     return subprocess.Popen([sys.executable, *arguments, *map(str, words)], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **options)
 
