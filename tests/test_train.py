@@ -202,7 +202,7 @@ def test_checkpoint_minutes(data, tmp_path, monkeypatch):
     run(data, tmp_path / 'a')
     assert saved == [0]
     run(data, tmp_path / 'b', '--checkpoint-minutes', '0')
-    assert saved == [0, 1, 2, 0]
+    assert saved == [0, 1, 2, 2, 0]               # after both steps, in the validation, after the epoch, of 2 steps
 
 
 def test_workers_gpu_and_data_dir_reach_what_runs(data, tmp_path, monkeypatch):
