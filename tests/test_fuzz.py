@@ -59,7 +59,7 @@ def computes_for_long(path):
 
 
 def takes_memory(path):
-    np.ones(30_000_000, np.uint8)
+    np.ones(45_000_000, np.uint8)        # over 32 MB, which malloc always takes anew from the system
 
 
 def crashes(path):
