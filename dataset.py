@@ -105,7 +105,11 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
     path = Path(path)
     if not path.is_file():
         raise InputError(f'no such file: {path}' if not path.exists() else f'expected a file, found a folder: {path}')
-    if path.stat().st_size == 0:
+    try:
+        n_bytes = path.stat().st_size
+    except FileNotFoundError:                                    # moved away since the line above
+        raise InputError(f'no such file: {path}') from None
+    if n_bytes == 0:
         raise InputError(f'{path} is empty (0 bytes); copy it again')
     if path.suffix.lower() in WHOLE_SLIDE_EXTENSIONS:
         raise InputError(f'{path}: {WHOLE_SLIDE}')
@@ -114,15 +118,17 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
     except (Image.UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:
         if isinstance(error, PermissionError):
             raise InputError(f'cannot read {path}: permission denied') from error
+        if isinstance(error, FileNotFoundError):
+            raise InputError(f'no such file: {path}') from error
         raise InputError(f'{path} is not an image that can be read ({type(error).__name__}); '
                          f'expected one of {" ".join(IMAGE_EXTENSIONS)}') from error
     megapixels = image.width * image.height / 1e6
     if megapixels > max_megapixels:
         raise InputError(f'{path} declares {image.width} x {image.height} = {megapixels:.0f} megapixels, more than '
                          f'max_megapixels = {max_megapixels}; crop it or raise the limit')
-    if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * path.stat().st_size:
+    if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * n_bytes:
         raise InputError(f'{path} declares {image.width} x {image.height} pixels, more than its '
-                         f'{path.stat().st_size:,} bytes can hold; it is damaged or truncated: copy it again')
+                         f'{n_bytes:,} bytes can hold; it is damaged or truncated: copy it again')
     return image
 
 

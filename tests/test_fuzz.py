@@ -1,6 +1,7 @@
 """The readers take damaged files or refuse them with one line; and the fuzzer notices a reader that does not."""
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'scripts'))
 import fuzz  # noqa: E402
 from utils import InputError  # noqa: E402
 
@@ -125,10 +127,15 @@ def test_much_time_is_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='memory is measured on Linux')
-def test_much_memory_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, 'MEGABYTES', 20)
-    outcome = fuzz.examine(takes_memory, tmp_path / 'any')
-    assert outcome.what == 'over 20 MB (accepted)' and 20 < outcome.megabytes < 60
+def test_much_memory_is_noticed(tmp_path):
+    """In a process of its own, as files are read: in this one, what earlier tests freed may be used again."""
+    code = ('import fuzz, test_fuzz; from pathlib import Path; fuzz.MEGABYTES = 20\n'
+            'outcome = fuzz.examine(test_fuzz.takes_memory, Path("any")); print(outcome.what, outcome.megabytes, sep="|")')
+    paths = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / 'scripts', ROOT / 'tests'))
+    done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': paths}, capture_output=True,
+                          text=True, check=True)
+    what, megabytes = done.stdout.strip().split('|')
+    assert what == 'over 20 MB (accepted)' and 20 < float(megabytes) < 60
 
 
 def test_accepted_and_refused(tmp_path):
