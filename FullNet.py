@@ -298,7 +298,8 @@ class FastStage(torch.autograd.Function):
             for spec, weight, gamma, beta in zip(specs[:-1], weights, gammas, betas):
                 if not (save or spec.batch_statistics or spec.drop_rate):       # testing: nothing to wait for or keep
                     rows = features[:, channels:channels + growth_rate]
-                    conv3x3(features[:, :channels], weight, spec, workers, rows, batch_norm_line(gamma, beta, spec))
+                    conv3x3(features[:, :channels], weight, spec, workers, rows,
+                            batch_norm_line(gamma, beta, spec.bn.running_mean, spec.bn.running_var, spec))
                     channels += growth_rate
                     continue
                 mask = workers.submit(dropout_mask, (len(x), growth_rate, *x.shape[2:]), spec.drop_rate)
@@ -576,18 +577,16 @@ def dropout_mask(shape, drop_rate):
     return torch.ge(numbers[:mask.numel()].view(shape), dropped - 32768, out=mask)
 
 
-def batch_norm_line(gamma, beta, spec):
-    """scale and shift, (g, 1, 1), of a batch norm with its running moments."""
-    scale = gamma * (spec.bn.running_var + spec.bn.eps).rsqrt()
-    return scale[:, None, None], (beta - spec.bn.running_mean * scale)[:, None, None]
+def batch_norm_line(gamma, beta, mean, var, spec):
+    """scale and shift, (g, 1, 1), of a batch norm with these moments (g,)."""
+    scale = gamma * (var + spec.bn.eps).rsqrt()
+    return scale[:, None, None], (beta - mean * scale)[:, None, None]
 
 
 def normalise(activation, mean, var, gamma, beta, spec, mask, out, workers):
     """out = dropout(batch norm(activation)), all (B, g, H, W); out may be a view."""
     keep = keep_threshold(spec.drop_rate)[1]
-    scale = gamma * (var + spec.bn.eps).rsqrt()
-    shift = (beta - mean * scale) / keep
-    scale, shift = (scale / keep)[:, None, None], shift[:, None, None]
+    scale, shift = (values / keep for values in batch_norm_line(gamma, beta, mean, var, spec))
 
     def scale_and_drop(b, rows):
         result = out[b, :, rows]

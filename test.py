@@ -22,7 +22,7 @@ from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level, build_model,
-                   choose_device, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
+                   choose_device, find_edges, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
                    nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
                    write_text)
@@ -403,7 +403,7 @@ def draw_overlay(image, segmentation, label=None, matches=None):
     `match_objects` with IoU >= 0.5.
     """
     if label is None:
-        draw_contours(image, segmentation, np.full((segmentation.max(initial=0) + 1, 3), UNLABELLED, np.uint8))
+        draw_contours(image, segmentation, UNLABELLED)
         return image
     hits = {pred: gt for pred, (gt, iou) in matches.items() if iou >= 0.5}
     ids = np.unique(label)
@@ -424,15 +424,11 @@ def draw_overlay(image, segmentation, label=None, matches=None):
 
 def draw_contours(image, label, colours, rows=2048):
     """Colour the pixels of objects that have a 4-neighbour outside their object. colours: (3,), or (ids, 3)."""
-    height, width = label.shape
-    for top in range(0, height, rows):                                   # in pieces, for large images
-        padded = np.pad(label[max(top - 1, 0):top + rows + 1], ((int(top == 0), int(top + rows >= height)), (1, 1)))
-        centre = padded[1:-1, 1:-1]
-        border = np.zeros(centre.shape, bool)
-        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-            border |= neighbour != centre
-        border &= centre > 0
-        image[top:top + rows][border] = colours if np.ndim(colours) == 1 else colours[centre[border]]
+    for top in range(0, len(label), rows):                               # in pieces, for large images
+        above = min(top, 1)                                              # and a row around them, to see the neighbours
+        ids = label[top:top + rows]
+        border = find_edges(label[top - above:top + rows + 1])[above:above + len(ids)] & (ids > 0)
+        image[top:top + rows][border] = colours if np.ndim(colours) == 1 else colours[ids[border]]
 
 
 def colour_instances(label, rows=2048):

@@ -871,6 +871,15 @@ def _gland_means(own_shapes, other_shapes, own, other, iou):
     return np.average(scores, axis=0, weights=own_shapes.area)
 
 
+def find_edges(label_map):
+    """bool (H, W): the pixels with a 4-neighbour of another value; outside the image all is 0."""
+    padded = np.pad(label_map, 1)
+    on_edge = np.zeros(label_map.shape, dtype=bool)
+    for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+        on_edge |= neighbour != label_map
+    return on_edge
+
+
 class ObjectShapes:
     """The pixels of the objects 1..n of a label map (H, W), for Hausdorff distances; entry i - 1 is object i.
 
@@ -880,10 +889,7 @@ class ObjectShapes:
 
     def __init__(self, label_map):
         self.label_map = label_map
-        padded = np.pad(label_map, 1)
-        on_edge = np.zeros(label_map.shape, dtype=bool)
-        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-            on_edge |= neighbour != label_map
+        on_edge = find_edges(label_map)
         pixels = np.argwhere(label_map)
         ids = label_map[label_map > 0]
         order = np.argsort(ids, kind='stable')
