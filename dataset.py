@@ -1,4 +1,6 @@
 """Reading images, labels and folders of them; the training set of (image, weight map, label)."""
+import atexit
+import multiprocessing
 import signal
 import struct
 import warnings
@@ -490,3 +492,15 @@ def ignore_interrupt(worker):
     """For processes that help: Ctrl-C and SIGTERM, which often reach all, are the main one's business; it ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_helpers():
+    """At the end of Python: end the processes that an error left, which ignore what Python itself would send them."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would take their end for a failure
+    for child in children:
+        child.kill()
+
+
+atexit.register(end_helpers)      # after multiprocessing's own, which torch imports, so that it runs before that

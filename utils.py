@@ -5,7 +5,6 @@ import copy
 import errno
 import hashlib
 import io
-import multiprocessing
 import os
 import pickle
 import signal
@@ -75,17 +74,6 @@ def run_script(main):
         raise
     except KeyboardInterrupt:
         _exit_with(130, 'interrupted')
-    finally:
-        _end_helpers()
-
-
-def _end_helpers():
-    """End the helping processes, should an error have left some: they ignore what Python would send them at its end."""
-    children = multiprocessing.active_children()
-    if children and hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would take their end for a failure
-    for child in children:
-        child.kill()
 
 
 class StopRequest:

@@ -353,6 +353,16 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.05)
 
 
+def test_python_ends_after_an_error_that_leaves_a_loader_process(data, tmp_path):
+    code = ('import sys, train\ntry: train.main(sys.argv[1:])\nexcept ValueError as error: kept = error\n'
+            'import multiprocessing; print(len(multiprocessing.active_children()))')
+    words = [*SMALL, '--data-dir', str(data), '--save-dir', 'run', '--workers', '1', '--input-size', '80',
+             '--transform.train.random_resize', 'none']                          # larger than the images
+    done = subprocess.run([sys.executable, '-c', code, *words], env={**os.environ, 'PYTHONPATH': str(ROOT)},
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (0, ['1'])
+
+
 def test_kill_leaves_a_checkpoint_that_can_be_resumed(data, tmp_path):
     path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
     words = [*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--epochs', '10000',
