@@ -465,11 +465,13 @@ def check_mean_std(array, path):
 class EpochBatches(torch.utils.data.Sampler):
     """Shuffled batches of the keys (index, seed, epoch) of a DataFolder; the last one may be short.
 
-    The order is a function of (seed, epoch), so that training can start again in the middle of an epoch.
+    The order is a function of (seed, epoch), so that training can start again in the middle of an epoch, and with
+    another number of processes: the process of number `rank` among `count` yields its share of each batch.
     """
 
-    def __init__(self, n_images, batch_size, seed):
+    def __init__(self, n_images, batch_size, seed, rank=0, count=1):
         self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
+        self.rank, self.count = rank, count
         self.set_position(0, 0)
 
     def set_position(self, epoch, batch):
@@ -481,11 +483,18 @@ class EpochBatches(torch.utils.data.Sampler):
         order = np.random.default_rng([self.seed, epoch]).permutation(self.n_images)
         return [(int(i), self.seed, epoch) for i in order[k * self.batch_size:(k + 1) * self.batch_size]]
 
+    def sizes(self, k):
+        """Images in this process's share of batch `k`, and in all of it."""
+        size = min(self.batch_size, self.n_images - k * self.batch_size)
+        return len(range(self.rank, size, self.count)), size
+
     def __len__(self):
         return -(-self.n_images // self.batch_size)
 
     def __iter__(self):
-        return (self.batch(self.epoch, k) for k in range(self.first, len(self)))
+        for k in range(self.first, len(self)):
+            keys = self.batch(self.epoch, k)
+            yield keys[self.rank::self.count] or keys[:1]          # without a share, one that does not count
 
 
 def ignore_interrupt(worker):

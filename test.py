@@ -21,7 +21,7 @@ from dataset import check_mean_std, find_labels, list_images, load_mean_std, rea
 from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
-from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level, build_model,
+from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level, build_model,
                    choose_device, find_edges, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
                    nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
@@ -64,7 +64,8 @@ def main(argv=None):
     # 1. options, network
     opt = Options(isTrain=False).parse(argv)
     test = opt.test
-    device = choose_device(test['gpu'])
+    processes = Processes(test['gpu'])
+    device = processes.device
     take_pretrained_if_untrained(opt)
     checkpoint = load_checkpoint(test['model_path'])
     take_model_of_checkpoint(opt, checkpoint)
@@ -80,10 +81,12 @@ def main(argv=None):
         labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
     set_name = (images[0] if single else Path(test['img_dir']) / 'x').resolve().parent.name
     out = Results(Path(test['save_dir']), set_name, opt, mean_std)
-    opt.save(out.folder)
+    if processes.rank == 0:
+        opt.save(out.folder)
 
-    # 3. every image: probabilities, instances, scores
-    for path, label_path in zip(tqdm(images, desc=set_name, disable=None), labels):
+    # 3. every image: probabilities, instances, scores; each of torchrun's processes takes its share
+    pairs = list(zip(images, labels))
+    for path, label_path in tqdm(pairs[processes.rank::processes.count], desc=set_name, disable=processes.quiet):
         if out.is_finished(path, label_path) and not test['overwrite']:
             continue
         image = read_image(path, test['max_megapixels'], test['scale_16bit'])
@@ -97,12 +100,18 @@ def main(argv=None):
         if test['save_flag']:
             out.save_images(path.stem, image, segmentation, inside, contour, label)
         out.finish(path.stem, scores)
-    if out.kept:
-        print(f'{len(out.kept)} images were finished before with the same options and weights and are kept '
+    with processes.watched(lambda: 'start the same command again: finished images are kept'):
+        kept = round(processes.sums([len(out.kept)])[0])
+    processes.end()
+    if kept:
+        print(f'{kept} images were finished before with the same options and weights and are kept '
               f'(--overwrite True computes them again)')
 
     # 4. tables of results
-    if test['label_dir']:
+    if test['label_dir'] and processes.rank == 0:
+        for path, label_path in pairs:
+            if path.stem not in out.records:                         # another process's, which left a record
+                out.is_finished(path, label_path)
         print(out.save_tables([path.stem for path in images]), end='')
     print(f'{len(images)} images; results in {out.folder}')
 

@@ -20,9 +20,9 @@ from dataset import DataFolder, EpochBatches, ignore_interrupt, load_mean_std
 from loss import VarCELoss
 from my_transforms import get_transforms
 from options import Options
-from utils import (AverageMeter, InputError, MixedPrecision, StopRequest, WeightAverage, accuracy_pixel_level,
-                   atomic_path, build_model, choose_device, load_checkpoint, load_weights, run_script, save_checkpoint,
-                   save_image, sha256_of, split_forward, write_text)
+from utils import (AverageMeter, InputError, MixedPrecision, Processes, StopRequest, WeightAverage,
+                   accuracy_pixel_level, atomic_path, build_model, load_checkpoint, load_weights, run_script,
+                   save_checkpoint, save_image, sha256_of, split_forward, write_text)
 
 log = logging.getLogger('train')
 
@@ -38,33 +38,38 @@ RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_
 
 
 def main(argv=None):
-    # 1. options, and the checkpoint to go on from
+    # 1. options, the checkpoint to go on from, the processes that torchrun started
     opt = Options(isTrain=True).parse(argv)
     train = opt.train
     checkpoint = load_checkpoint(train['checkpoint']) if train['checkpoint'] else None
     if checkpoint:
         take_options_of_run(opt, checkpoint)
-    device = choose_device(train['gpu'])
+    processes = Processes(train['gpu'])
+    if train['batch_size'] < processes.count:
+        raise InputError(f'--batch-size is {train["batch_size"]}, for {processes.count} processes; expected at least '
+                         f'{processes.count}: it counts the crops of all processes together')
 
     # 2. data
     mean_std = load_mean_std(Path(train['data_dir']) / 'mean_std.npy')
     train_set, val_set = (load_data(opt, split, mean_std) for split in ('train', 'val'))
     if train['preview']:
         return save_preview(train_set, train, mean_std)
-    batches = EpochBatches(len(train_set), train['batch_size'], train['seed'])
+    batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=train['workers'],
                               persistent_workers=train['workers'] > 0, worker_init_fn=ignore_interrupt,
-                              generator=torch.Generator(), pin_memory=device.type == 'cuda')
-    val_loader = DataLoader(val_set, batch_size=1, num_workers=min(1, train['workers']),
-                            worker_init_fn=ignore_interrupt, generator=torch.Generator())
+                              generator=torch.Generator(), pin_memory=processes.device.type == 'cuda')
+    val_loader = DataLoader(val_set, batch_size=1, sampler=share_of_images(len(val_set), processes),
+                            num_workers=min(1, train['workers']), worker_init_fn=ignore_interrupt,
+                            generator=torch.Generator())
 
     # 3. network, loss, optimizer
     torch.manual_seed(train['seed'])
     model = build_model(opt.model)
     if train['init_from'] and not checkpoint:
         load_weights(model, load_checkpoint(train['init_from'])['state_dict'], opt.model, train['init_from'])
-    model.set_mode('auto', train['memory_efficient'], train['amp']).to(device)
-    precision = MixedPrecision(device, train['amp'])
+    model.set_mode('auto', train['memory_efficient'], train['amp']).to(processes.device)
+    model = processes.synchronise_batch_norm(model)
+    precision = MixedPrecision(processes.device, train['amp'])
     optimizer = torch.optim.Adam(model.parameters(), lr=train['lr'], betas=(0.9, 0.99),
                                  weight_decay=train['weight_decay'])
     criterion = VarCELoss(train['alpha'])
@@ -73,65 +78,70 @@ def main(argv=None):
         state.load(checkpoint, opt)
 
     # 4. run folder and logs
-    run = Run(state, opt, mean_std)
+    run = Run(state, opt, mean_std) if processes.rank == 0 else Onlooker()
     log.info(opt.describe())
     run.save_info(train_set, val_set)
     log.info(f'{len(train_set)} training and {len(val_set)} validation images; {opt.model["name"]} with '
-             f'{sum(p.numel() for p in model.parameters()):,} parameters on {device}; run folder {run.folder}')
+             f'{sum(p.numel() for p in model.parameters()):,} parameters on {processes.device}'
+             + f' in {processes.count} processes' * (processes.count > 1) + f'; run folder {opt.train["save_dir"]}')
     if checkpoint:
         log.info(f'resumed from {train["checkpoint"]}: {state.epoch} epochs and {state.batch} steps done')
 
     # 5. epochs
-    with StopRequest() as stop:
+    with StopRequest(processes) as stop, processes.watched(run.how_to_go_on):
+        network = processes.share(model)
         while state.step < state.total_steps or state.batch > 0:
-            train_epoch(state, train_loader, criterion, train, device, precision, run, stop)
+            train_epoch(state, network, train_loader, criterion, train, processes, precision, run, stop)
             validated = (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps
             val, pictures = [math.nan] * 3, []
             if validated:
-                val, pictures = validate(state.validation_model(), val_loader, criterion, train, device, run, stop)
+                val, pictures = validate(state.validation_model(), val_loader, criterion, train, processes, run, stop)
             is_best = val[2] > state.best_iou
             row = state.finish_epoch(val)
             run.log_epoch(row)
             run.save_epoch(is_best)
             if pictures and run.is_grid_due():
                 run.save_grid(pictures)
+    processes.end()
     log.info(f'done: {state.epoch} epochs in {state.minutes():.1f} minutes, best validation IoU {state.best_iou:.4f}; '
-             f'weights in {run.checkpoints}')
+             f'weights in {opt.train["save_dir"]}/checkpoints')
 
 
 # ---------------------------------------------------------------------------------------------------
 # An epoch
 # ---------------------------------------------------------------------------------------------------
 
-def train_epoch(state, loader, criterion, train, device, precision, run, stop):
-    """The training half of an epoch, from the step at which the state stands."""
-    state.model.train()
-    several = isinstance(train['gpu'], list) and len(train['gpu']) > 1
-    network = torch.nn.DataParallel(state.model, train['gpu']) if several else state.model
+def train_epoch(state, network, loader, criterion, train, processes, precision, run, stop):
+    """The training half of an epoch, from the step at which the state stands. network: what `processes` share."""
+    network.train()
     batches = loader.batch_sampler
     batches.set_position(state.epoch, state.batch)
     started, first = time.monotonic(), state.batch
-    progress = tqdm(loader, desc=f'epoch {state.epoch + 1}', initial=state.batch, total=len(batches), disable=None)
+    progress = tqdm(loader, desc=f'epoch {state.epoch + 1}', initial=state.batch, total=len(batches),
+                    disable=processes.quiet)
     for image, weight, label in progress:
         if state.step >= state.total_steps:                      # the time budget ends within an epoch
             break
         # 1. a seed of its own for every step, so that dropout is the same after a resume
-        torch.manual_seed(step_seed(train['seed'], state.step))
-        image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
+        torch.manual_seed(step_seed(train['seed'], state.step, processes.rank))
+        n_own, n_all = batches.sizes(state.batch)                # images of this process, and of all
+        image, weight, target = to_device(image, weight, label, processes.device, train['use_weight_map'])
 
         # 2. forward and loss
         with precision.autocast():
             logits = network(image)
         logits = logits.float()                                  # softmax, loss and variance in float32
         loss, loss_ce, loss_var = criterion(logits, target, weight)
-        if not torch.isfinite(loss):
+        values = [loss.item(), loss_ce.item(), loss_var.item(), *pixel_results(logits, target)]
+        values = [value / n_all for value in processes.sums([value * n_own for value in values])]
+        if not math.isfinite(values[0]):
             names = ', '.join(loader.dataset.names[key[0]] for key in batches.batch(state.epoch, state.batch))
-            raise InputError(f'the loss is {loss.item()} in epoch {state.epoch + 1}, step {state.batch + 1}, on '
+            raise InputError(f'the loss is {values[0]} in epoch {state.epoch + 1}, step {state.batch + 1}, on '
                              f'{names}; {run.last_good()}; try a lower --lr, or --clip-grad 1')
 
-        # 3. backward and update
+        # 3. backward and update; the gradients become the mean over the processes, so weigh them by their images
         state.optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss).backward()
+        precision.scaler.scale(loss * (n_own * processes.count / n_all)).backward()
         if train['clip_grad']:
             precision.scaler.unscale_(state.optimizer)
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), train['clip_grad'])
@@ -141,8 +151,7 @@ def train_epoch(state, loader, criterion, train, device, precision, run, stop):
         precision.scaler.update()
 
         # 4. results so far
-        accuracy, iou = pixel_results(logits, target)
-        state.finish_step([loss.item(), loss_ce.item(), loss_var.item(), accuracy, iou], len(image))
+        state.finish_step(values, n_all)
         progress.set_postfix(loss=f'{state.meter.avg[0]:.4f}', IoU=f'{state.meter.avg[4]:.4f}')
         if state.batch % train['log_interval'] == 0:
             log.info('  step %d/%d  loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f',
@@ -150,29 +159,41 @@ def train_epoch(state, loader, criterion, train, device, precision, run, stop):
 
         # 5. time budget, checkpoint, stop
         if train['max_minutes'] and not state.steps_planned and state.batch - first == min(10, len(batches)):
-            state.plan_steps((time.monotonic() - started) / (state.batch - first), train['max_minutes'])
+            seconds = processes.from_first((time.monotonic() - started) / (state.batch - first))
+            state.plan_steps(seconds, train['max_minutes'])
         run.save_if_due()
         stop.check(run.save_and_say_how_to_go_on)
     progress.close()
 
 
-def validate(model, loader, criterion, train, device, run, stop):
+def share_of_images(n_images, processes):
+    """Indices of the images that this process validates. All processes get as many: the last image may be repeated."""
+    return [min(i, n_images - 1) for i in
+            range(processes.rank, -(-n_images // processes.count) * processes.count, processes.count)]
+
+
+def validate(model, loader, criterion, train, processes, run, stop):
     """Mean over the validation images of [loss, pixel accuracy, IoU of class 1], with the sliding window.
 
-    Returns it and the first images: (image (3, H, W), target (H, W), probabilities (C, H, W)), on the CPU.
+    Returns it and the first images of this process: (image (3, H, W), target (H, W), probabilities (C, H, W)), on the
+    CPU.
     """
     model.eval()
-    meter, pictures = AverageMeter(3), []
-    for image, weight, label in tqdm(loader, desc='validation', disable=None, leave=False):
-        image, weight, target = to_device(image, weight, label, device, train['use_weight_map'])
+    processes.copy_from_first(model.buffers())                       # the running moments of batch norm
+    meter, pictures, n_images = AverageMeter(3), [], len(loader.dataset)
+    progress = tqdm(loader, desc='validation', disable=processes.quiet, leave=False)
+    for i, (image, weight, label) in enumerate(progress):
+        image, weight, target = to_device(image, weight, label, processes.device, train['use_weight_map'])
         with torch.inference_mode():
             logits = split_forward(model, image, train['input_size'], train['val_overlap'], model.conv2.out_channels)
             loss = criterion(logits, target, weight)[0]
-        meter.update([loss.item(), *pixel_results(logits, target)], 1)
+        if processes.rank + i * processes.count < n_images:          # not a repetition
+            meter.update([loss.item(), *pixel_results(logits, target)])
         if len(pictures) < GRID_IMAGES:
             pictures.append((image[0].cpu(), target[0].cpu(), logits[0].softmax(0).cpu()))
         run.save_if_due()                                            # validation is done again after a resume
         stop.check(run.save_and_say_how_to_go_on)
+    meter.sum, meter.count = np.array(processes.sums(meter.sum)), np.array(processes.sums(meter.count))
     return meter.avg.tolist(), pictures
 
 
@@ -187,9 +208,9 @@ def pixel_results(logits, target):
     return accuracy_pixel_level(logits.detach().argmax(1).cpu().numpy(), target.cpu().numpy())[:2]
 
 
-def step_seed(seed, step):
-    """A seed of 63 bits for each (seed, step)."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def step_seed(seed, step, rank=0):
+    """A seed of 63 bits for each (seed, step, number of the process)."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def learning_rate(step, total_steps, train, steps_per_epoch):
@@ -523,9 +544,25 @@ class Run:
     def last_good(self):
         return f'the last good checkpoint is {self.latest}' if self.latest.is_file() else 'nothing was saved before'
 
+    def how_to_go_on(self):
+        saved = self.latest.is_file()
+        return self.last_good() + f'; go on with: train.py --checkpoint-path {self.latest}' * saved
+
     def save_and_say_how_to_go_on(self):
         self.save_latest()
         log.info(f'stopped; go on with: python train.py --checkpoint-path {self.latest}')
+
+
+class Onlooker:
+    """Stands for the Run in all processes but one: whatever they would write, they do not."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def last_good(self):
+        return 'process 0 names the last good checkpoint'
+
+    how_to_go_on = last_good
 
 
 if __name__ == '__main__':

@@ -2,11 +2,13 @@
 import argparse
 import contextlib
 import copy
+import datetime
 import errno
 import hashlib
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 import uuid
@@ -23,6 +25,7 @@ from scipy import ndimage, sparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 from skimage import measure
+from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -54,6 +57,8 @@ def run_script(main):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')         # file names that the terminal cannot show
     warnings.showwarning = lambda message, *_: print(f'note: {message}', file=sys.stderr)
+    if int(os.environ.get('RANK', 0)) > 0:                        # of the processes that torchrun started one speaks
+        sys.stdout = open(os.devnull, 'w')
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
     try:
         main()
@@ -80,8 +85,12 @@ class StopRequest:
     """Ctrl-C and SIGTERM ask a long computation to stop at the next `check`; a second one stops it at once.
 
     A context manager, for the main thread. `check(save)` does nothing until a signal came; then it calls `save()` and
-    exits with 130 (SIGINT) or 143 (SIGTERM).
+    exits with 130 (SIGINT) or 143 (SIGTERM). Of several `processes` all check as often, and all stop when one is asked;
+    there a second signal is none: torchrun passes the first one on to those that got it already.
     """
+
+    def __init__(self, processes=None):
+        self.processes = processes or Processes('cpu')
 
     def __enter__(self):
         self.signal = None
@@ -93,15 +102,20 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number, frame):
-        if self.signal is not None:
+        alone = self.processes.count == 1
+        if self.signal is not None and alone:
             raise KeyboardInterrupt
         self.signal = number
-        print('\nstopping after this step, with a checkpoint; once more to stop at once', file=sys.stderr)
+        if self.processes.rank == 0:
+            print('\nstopping after this step, with a checkpoint' + '; once more to stop at once' * alone,
+                  file=sys.stderr)
 
     def check(self, save):
-        if self.signal is not None:
+        number = self.processes.largest(self.signal or 0)
+        if number:
             save()
-            sys.exit(128 + self.signal)
+            self.processes.wait()
+            sys.exit(128 + number)
 
 
 def _exit_with(code, message):
@@ -176,21 +190,102 @@ def save_instances(path, label):
 # Devices
 # ---------------------------------------------------------------------------------------------------
 
-def choose_device(gpu='auto'):
-    """The torch device for the `gpu` option: 'auto' = CUDA, Apple MPS or CPU, whichever is there first;
-    [] = CPU; a list of CUDA numbers = the first of them. Raises InputError if a GPU is not there."""
-    if gpu == 'auto':
-        if torch.cuda.is_available():
-            return torch.device('cuda', 0)
-        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
-    if not gpu:
-        return torch.device('cpu')
+def choose_device(gpu='auto', process=0, n_processes=1):
+    """The torch device for the `gpu` option: 'auto' = CUDA, Apple MPS or CPU, whichever is there first; [] = CPU; a
+    list of CUDA numbers. Of several processes on this machine, `process` is the number of this one, and each gets a GPU
+    of its own. Raises InputError if a GPU is not there, or if one process is to use several.
+    """
     count = torch.cuda.device_count()
-    missing = [number for number in gpu if number >= count]
+    if gpu == 'auto' and n_processes == 1 and count == 0:
+        return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    if not gpu or gpu == 'auto' and count == 0:
+        return torch.device('cpu')
+    numbers = range(count) if gpu == 'auto' else gpu
+    missing = [number for number in numbers if number >= count]
     if missing:
         raise InputError(f'--gpu asks for GPU {missing[0]}, but {count} CUDA GPUs were found; '
                          f'use --gpu cpu, or leave it out')
-    return torch.device('cuda', gpu[0])
+    if gpu != 'auto' and len(gpu) > 1 and n_processes == 1:
+        raise InputError(f'--gpu names {len(gpu)} GPUs, and one process uses one; start a process for each with: '
+                         f'torchrun --nproc-per-node {len(gpu)} {" ".join(sys.argv)}')
+    if process >= len(numbers):
+        raise InputError(f'torchrun started more processes on this machine than the {len(numbers)} GPUs there are for '
+                         f'them; use --nproc-per-node {len(numbers)}, or --gpu cpu')
+    return torch.device('cuda', numbers[process])
+
+
+class Processes:
+    """The processes that torchrun started, each with a device of its own. Without torchrun there is one, which sends
+    nothing.
+
+    rank: number of this process, from 0. count: how many there are, on all machines. device: of this one. quiet: what
+    tqdm's `disable` should be. Raises InputError for GPUs that are not there.
+    """
+
+    def __init__(self, gpu='auto'):
+        self.rank, self.count = (int(os.environ.get(name, default)) for name, default in
+                                 (('RANK', 0), ('WORLD_SIZE', 1)))
+        self.device = choose_device([] if gpu == 'cpu' else gpu, int(os.environ.get('LOCAL_RANK', 0)), self.count)
+        self.quiet = True if self.rank > 0 else None
+        if self.count > 1 and not distributed.is_initialized():
+            # a process may wait for hours for one that tests a large image; one that ends is noticed at once
+            distributed.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo',
+                                           timeout=datetime.timedelta(days=7))
+
+    def _reduce(self, values, operation):
+        if self.count == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+    def sums(self, values):
+        """Each of the numbers, summed over the processes."""
+        return self._reduce(values, distributed.ReduceOp.SUM)
+
+    def largest(self, number):
+        """The largest of the whole numbers that the processes give."""
+        return int(self._reduce([number], distributed.ReduceOp.MAX)[0])
+
+    def from_first(self, number):
+        """The number that process 0 gives."""
+        return self.sums([number if self.rank == 0 else 0])[0]
+
+    def copy_from_first(self, tensors):
+        """Overwrite the tensors with those of process 0."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+    def wait(self):
+        """Until all processes are here."""
+        self.largest(0)
+
+    def end(self):
+        """Of what the processes do together."""
+        if self.count > 1:
+            distributed.destroy_process_group()
+
+    def share(self, model):
+        """The model, whose gradients become those of all processes' mean loss. On CUDA, batch norm is theirs too."""
+        if self.count == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
+
+    def synchronise_batch_norm(self, model):
+        """On CUDA, the model with batch norm over the crops of all processes; elsewhere torch has none."""
+        several = self.count > 1 and self.device.type == 'cuda'
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
+
+    @contextlib.contextmanager
+    def watched(self, advice):
+        """Raises InputError, which ends with `advice()`, where another process ended in the block."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
+                raise
+            raise InputError(f'process {self.rank}: another process of this run ended; {advice()}') from error
 
 
 class MixedPrecision:
