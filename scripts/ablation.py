@@ -1,0 +1,226 @@
+"""The paper's ablation on a prepared MultiOrgan folder: what full resolution, varCE and weight maps each bring.
+
+    python scripts/ablation.py --data-dir data/MultiOrgan --out experiments/ablation [--minutes 30] [--seeds 1 2]
+        [--jobs 2] [any option of train.py, such as --growth-rate 8]
+
+Every arm is trained with every seed under two budgets. Equal steps: as many as the FullNet arms make in `--minutes`.
+Equal minutes: FCN_pooling, which is faster, makes as many steps more as its measured speed allows. Steps are fixed from
+a measurement at the start, kept in budgets.json, so that what else the machine does later changes nothing. Scores are
+those of the whole validation images (val_full) without test-time augmentation. A run that is finished is not run again.
+"""
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import list_images  # noqa: E402
+from loss import VarCELoss  # noqa: E402
+from options import Options  # noqa: E402
+from utils import InputError, Parser, atomic_path, build_model, load_checkpoint, run_script, write_text  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = {                                        # name in the table: options of train.py
+    'FCN_pooling': ['--name', 'FCN_pooling', '--alpha', '0'],
+    'FullNet': ['--alpha', '0'],
+    'FullNet + varCE': [],
+    'FullNet + varCE, no weight map': ['--use-weight-map', 'False'],
+}
+RECIPE = ['--n-layers', '4', '--growth-rate', '8', '--batch-size', '4', '--lr', '0.003', '--lr-schedule', 'onecycle',
+          '--workers', '1', '--grid-every', '0']
+SCORES = {'AJI': 'published_AJI', 'Dice': 'published_Dice', 'F1': 'published_F1', 'aji': 'aji', 'pq': 'pq'}
+BUDGETS = ('equal steps', 'equal minutes')
+
+
+class Job(NamedTuple):
+    """One training: an arm, a seed, and the epochs that its budgets give it."""
+    arm: str
+    seed: int
+    epochs: int
+
+    @property
+    def folder(self):
+        name = ''.join(c if c.isalnum() else '_' for c in self.arm)
+        return f'{name}_seed{self.seed}_epochs{self.epochs}'
+
+
+def main(argv=None):
+    parser = Parser(prog='scripts/ablation.py', description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--data-dir', type=Path, required=True, help='prepared data, with images/val_full')
+    parser.add_argument('--out', type=Path, default=Path('experiments/ablation'), help='where runs and table go')
+    parser.add_argument('--minutes', type=float, default=30, help='training time of each FullNet arm')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2])
+    parser.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS))
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at a time, which share the cores')
+    args, rest = parser.parse_known_args(argv)
+    if not args.minutes > 0 or args.jobs < 1:
+        raise InputError(f'--minutes is {args.minutes:g} and --jobs {args.jobs}; expected more than 0 and at least 1')
+    list_images(args.data_dir / 'images' / 'val_full')
+    words = [*RECIPE, '--data-dir', str(args.data_dir), *rest]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    epochs = budgets(args.out, args.minutes, words, threads, len(list_images(args.data_dir / 'images' / 'train')))
+    jobs = [Job(arm, seed, n) for seed in args.seeds for arm in args.arms for n in sorted(set(epochs_of(arm, epochs)))]
+    print(f'{len(jobs)} trainings, {args.jobs} at a time with {threads} threads each; results in {args.out}')
+    with ThreadPoolExecutor(args.jobs) as pool:
+        scores = dict(zip(jobs, pool.map(lambda job: finished(job, args.out, words, args.data_dir, threads), jobs)))
+    text = report(scores, args.arms, args.seeds, epochs)
+    write_text(args.out / 'ablation.md', text)
+    write_text(args.out / 'ablation.json', json.dumps([job._asdict() | values for job, values in scores.items()],
+                                                      indent=1) + '\n')
+    draw(scores, args.arms, args.seeds, epochs, args.out / 'ablation.png')
+    print(text, end='')
+
+
+def epochs_of(arm, epochs):
+    """(epochs for equal steps, epochs for equal minutes) of an arm."""
+    return epochs['FullNet'], epochs['FCN_pooling' if arm == 'FCN_pooling' else 'FullNet']
+
+
+# ---------------------------------------------------------------------------------------------------
+# Budgets
+# ---------------------------------------------------------------------------------------------------
+
+def budgets(out, minutes, words, threads, n_images):
+    """Epochs of FullNet and of FCN_pooling in `minutes`; measured once, then read from budgets.json."""
+    path, asked = out / 'budgets.json', {'minutes': minutes, 'options': words, 'threads': threads}
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding='utf-8'))
+        if stored['asked'] != asked:
+            raise InputError(f'{path} is of another ablation ({stored["asked"]}); give another --out, or the same '
+                             f'options')
+        return stored['epochs']
+    opt = Options(isTrain=True).parse(words)
+    steps_per_epoch = -(-n_images // opt.train['batch_size'])
+    seconds = {name: seconds_per_step({**opt.model, 'name': name}, opt.train, threads)
+               for name in ('FullNet', 'FCN_pooling')}
+    epochs = {name: max(1, int(minutes * 60 / value / steps_per_epoch)) for name, value in seconds.items()}
+    write_text(path, json.dumps({'asked': asked, 'seconds_per_step': seconds, 'steps_per_epoch': steps_per_epoch,
+                                 'epochs': epochs}, indent=1) + '\n')
+    print(', '.join(f'{name}: {seconds[name]:.2f} s per step, {epochs[name]} epochs' for name in epochs))
+    return epochs
+
+
+def seconds_per_step(model_options, train, threads, repetitions=4):
+    """Fastest of some training steps on noise, after one to warm up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = build_model(model_options).set_mode('auto', train['memory_efficient'], train['amp'])
+    optimizer, criterion = torch.optim.Adam(model.parameters(), train['lr']), VarCELoss(train['alpha'])
+    shape = train['batch_size'], train['input_size'], train['input_size']
+    image, target, weight = torch.randn(shape[0], 3, *shape[1:]), torch.randint(0, 3, shape), torch.ones(shape)
+    times = []
+    for _ in range(repetitions + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        criterion(model(image), target, weight)[0].backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return min(times[1:])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------
+
+def finished(job, out, words, data_dir, threads):
+    """Train and test a job unless that was done before: dict of its scores, steps and minutes."""
+    folder = out / job.folder
+    result = folder / 'ablation_scores.json'
+    if result.is_file():
+        return json.loads(result.read_text(encoding='utf-8'))
+    latest = folder / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
+    if latest.is_file():
+        call(['train.py', '--checkpoint-path', latest], threads, folder / 'train.out')
+    else:
+        call(['train.py', *words, *ARMS[job.arm], '--seed', job.seed, '--epochs', job.epochs, '--val-every', job.epochs,
+              '--save-dir', folder / 'run', '--overwrite', 'True'], threads, folder / 'train.out')
+    amp = ['--amp', 'True'] if Options(isTrain=True).parse(words).train['amp'] else []
+    call(['test.py', '--model-path', latest, '--img-dir', data_dir / 'images' / 'val_full',
+          '--label-dir', data_dir / 'labels_instance' / 'val_full', '--tta', 'none', '--save-flag', 'False', *amp,
+          '--save-dir', folder / 'results'], threads, folder / 'test.out')
+    checkpoint = load_checkpoint(latest)
+    mean = json.loads((folder / 'results' / 'val_full_metrics.json').read_text(encoding='utf-8'))['mean']
+    values = {'steps': checkpoint['step'], 'minutes': checkpoint['minutes'], 'val_iou': checkpoint['history'][-1][-1],
+              **{name: mean[key] for name, key in SCORES.items()}}
+    write_text(result, json.dumps(values, indent=1) + '\n')
+    print(f'{job.folder}: ' + ', '.join(f'{name} {value:.4g}' for name, value in values.items()), flush=True)
+    return values
+
+
+def call(words, threads, log):
+    """Run one of the scripts with a number of threads, its output in a file. Raises InputError if it fails."""
+    words = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, 'a', encoding='utf-8') as file:
+        file.write(f'$ {shlex.join(words)}\n')
+        file.flush()
+        code = subprocess.run(words, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}, stdout=file,
+                              stderr=subprocess.STDOUT).returncode
+    if code:
+        raise InputError(f'{Path(words[1]).name} ended with exit code {code}; see {log}, then start this again')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table and picture
+# ---------------------------------------------------------------------------------------------------
+
+def of_arm(scores, arm, budget, seeds, epochs, name):
+    """The score `name` of an arm under a budget, of every seed, (n seeds,)."""
+    n = epochs_of(arm, epochs)[BUDGETS.index(budget)]
+    return np.array([scores[Job(arm, seed, n)][name] for seed in seeds])
+
+
+def report(scores, arms, seeds, epochs):
+    """Markdown: a table for each budget, mean and standard deviation over the seeds, and the paired differences."""
+    names = ['val_iou', *SCORES]
+    lines = []
+    for budget in BUDGETS:
+        lines += [f'| {budget}; {len(seeds)} seeds | steps | minutes | ' + ' | '.join(names) + ' |',
+                  '|---' * (len(names) + 3) + '|']
+        for arm in arms:
+            steps, minutes = (of_arm(scores, arm, budget, seeds, epochs, name).mean() for name in ('steps', 'minutes'))
+            cells = [spread(of_arm(scores, arm, budget, seeds, epochs, name)) for name in names]
+            lines.append(f'| {arm} | {steps:.0f} | {minutes:.0f} | ' + ' | '.join(cells) + ' |')
+        lines.append('')
+    for budget in BUDGETS:
+        for first, second in zip(arms, arms[1:]):
+            a, b = (of_arm(scores, arm, budget, seeds, epochs, 'AJI') for arm in (first, second))
+            better = (b > a).sum()
+            verdict = 'all seeds agree' if better in (0, len(seeds)) else 'the seeds disagree'
+            lines.append(f'{budget}, AJI: {second} minus {first}: {np.mean(b - a):+.4f} (by seed: '
+                         + ' '.join(f'{d:+.4f}' for d in b - a) + f'); {verdict if len(seeds) > 1 else "one seed"}.  ')
+    return '\n'.join(lines) + '\n'
+
+
+def spread(values):
+    return f'{values.mean():.3f} ± {values.std(ddof=1):.3f}' if len(values) > 1 else f'{values.mean():.3f}'
+
+
+def draw(scores, arms, seeds, epochs, path):
+    """Picture: AJI of every run (dots) and the mean of every arm (bars), for both budgets."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    for axes, budget in zip(figure.subplots(1, 2, sharey=True), BUDGETS):
+        for x, arm in enumerate(arms):
+            values = of_arm(scores, arm, budget, seeds, epochs, 'AJI')
+            axes.bar(x, values.mean(), width=0.6, alpha=0.4)
+            axes.plot(np.full(len(values), x), values, 'ko', markersize=5)
+        axes.set_xticks(range(len(arms)), [arm.replace(' + ', '\n+ ').replace(', ', ',\n') for arm in arms], fontsize=8)
+        axes.set_title(f'{budget}: AJI (published definition), validation images')
+        axes.grid(axis='y', alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+if __name__ == '__main__':
+    run_script(main)

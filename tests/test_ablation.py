@@ -1,0 +1,81 @@
+"""The ablation script on miniature data."""
+import json
+import shutil
+
+import ablation
+import pytest
+import torch
+from miniature import make_multi_organ
+from PIL import Image
+
+from utils import InputError
+
+TINY = ['--n-layers', '4', '--growth-rate', '1', '--dilations', '1', '1', '1', '1', '1', '1', '1', '--input-size', '40',
+        '--val-overlap', '8', '--batch-size', '2', '--workers', '0', '--gpu', 'cpu']
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = make_multi_organ(tmp_path / 'data')
+    shutil.copytree(folder / 'images' / 'test_diff', folder / 'images' / 'val_full')
+    shutil.copytree(folder / 'labels_instance' / 'test', folder / 'labels_instance' / 'val_full')
+    return folder
+
+
+def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
+    seconds = {'FullNet': 1.0, 'FCN_pooling': 0.5}                          # 4 images in batches of 2: 2 steps an epoch
+    monkeypatch.setattr(ablation, 'seconds_per_step', lambda model, *_: seconds[model['name']])
+    words = ['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--minutes', '0.04', '--seeds', '3', '--jobs', '2',
+             '--arms', 'FCN_pooling', 'FullNet', *TINY]
+    ablation.main(words)
+    runs = json.loads((tmp_path / 'out/ablation.json').read_text())
+    assert [(run['arm'], run['seed'], run['epochs'], run['steps']) for run in runs] == [
+        ('FCN_pooling', 3, 1, 2), ('FCN_pooling', 3, 2, 4), ('FullNet', 3, 1, 2)]
+    options = [json.loads((tmp_path / 'out' / ablation.Job(*[run[k] for k in ('arm', 'seed', 'epochs')]).folder
+                           / 'run/train_options.json').read_text()) for run in runs]
+    assert [o['model']['name'] for o in options] == [run['arm'] for run in runs]
+    assert all(o['train']['alpha'] == 0 and o['train']['seed'] == 3 for o in options)
+    assert Image.open(tmp_path / 'out/ablation.png').width == 1000
+
+    shutil.rmtree(tmp_path / 'out' / ablation.Job('FullNet', 3, 1).folder)
+    table = (tmp_path / 'out/ablation.md').read_text().splitlines()
+    capsys.readouterr()
+    ablation.main(words)                                                    # the others are kept
+    out = capsys.readouterr().out
+    assert 'FullNet_seed3_epochs1: steps 2' in out and 'FCN_pooling_seed3' not in out
+    again = (tmp_path / 'out/ablation.md').read_text().splitlines()
+    assert [line.split('|')[5:] for line in again] == [line.split('|')[5:] for line in table]       # all but the minutes
+    with pytest.raises(InputError, match='budgets.json is of another ablation'):
+        ablation.main([*words, '--lr', '0.1'])
+
+
+def test_table_of_means_spreads_and_differences():
+    epochs, arms, seeds = {'FullNet': 2, 'FCN_pooling': 6}, list(ablation.ARMS), [1, 2]
+    jobs = {ablation.Job(arm, seed, n): dict.fromkeys(('val_iou', *ablation.SCORES), value) | {'steps': n, 'minutes': 3}
+            for arm, n, values in (('FCN_pooling', 2, (0.1, 0.3)), ('FCN_pooling', 6, (0.5, 0.5)),
+                                   ('FullNet', 2, (0.4, 0.6)), ('FullNet + varCE', 2, (0.7, 0.5)),
+                                   ('FullNet + varCE, no weight map', 2, (0.6, 0.4))) for seed, value in zip(seeds, values)}
+    lines = ablation.report(jobs, arms, seeds, epochs).splitlines()
+    assert lines[2].startswith('| FCN_pooling | 2 | 3 | 0.200 ± 0.141 | 0.200 ± 0.141 |')
+    assert lines[9].startswith('| FCN_pooling | 6 | 3 | 0.500 ± 0.000 |') and lines[3] == lines[10]
+    assert lines[14:17] == [
+        'equal steps, AJI: FullNet minus FCN_pooling: +0.3000 (by seed: +0.3000 +0.3000); all seeds agree.  ',
+        'equal steps, AJI: FullNet + varCE minus FullNet: +0.1000 (by seed: +0.3000 -0.1000); the seeds disagree.  ',
+        'equal steps, AJI: FullNet + varCE, no weight map minus FullNet + varCE: -0.1000 (by seed: -0.1000 -0.1000); '
+        'all seeds agree.  ']
+    assert 'equal minutes, AJI: FullNet minus FCN_pooling: +0.0000 (by seed: -0.1000 +0.1000); the seeds dis' in lines[17]
+
+
+def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, 'seconds_per_step', lambda *_: 1.0)
+    (data / 'mean_std.npy').unlink()
+    with pytest.raises(InputError, match='train.py ended with exit code 2; see .*train.out, then start this again'):
+        ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '--arms', 'FullNet', *TINY])
+    assert 'no ' in next((tmp_path / 'out').glob('*/train.out')).read_text()
+
+
+def test_seconds_per_step_trains_the_network_that_is_asked_for():
+    from options import Options
+    opt = Options(isTrain=True).parse([*ablation.RECIPE, *TINY])
+    before = torch.get_num_threads()
+    assert 0 < ablation.seconds_per_step(opt.model, opt.train, 1) < 30 and torch.get_num_threads() == before
