@@ -159,8 +159,7 @@ def train_epoch(state, network, loader, criterion, train, processes, precision, 
 
         # 5. time budget, checkpoint, stop
         if train['max_minutes'] and not state.steps_planned and state.batch - first == min(10, len(batches)):
-            seconds = processes.from_first((time.monotonic() - started) / (state.batch - first))
-            state.plan_steps(seconds, train['max_minutes'])
+            state.plan_steps((time.monotonic() - started) / (state.batch - first), train['max_minutes'], processes)
         run.save_if_due()
         stop.check(run.save_and_say_how_to_go_on)
     progress.close()
@@ -336,9 +335,10 @@ class TrainingState:
         self.batch, self.meter = 0, AverageMeter(5)
         return row
 
-    def plan_steps(self, seconds_per_step, max_minutes):
+    def plan_steps(self, seconds_per_step, max_minutes, processes):
         """Fix the number of steps from the measured speed; done once in a run, so that a schedule has an end."""
-        self.total_steps = self.step + max(0, round((max_minutes - self.minutes()) * 60 / seconds_per_step))
+        steps = max(0, round((max_minutes - self.minutes()) * 60 / seconds_per_step))
+        self.total_steps = self.step + int(processes.from_first(steps))
         self.steps_planned = True
         log.info(f'{seconds_per_step:.2f} s per step: {self.total_steps} steps in {max_minutes:g} minutes')
 

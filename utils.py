@@ -227,6 +227,8 @@ class Processes:
                                  (('RANK', 0), ('WORLD_SIZE', 1)))
         self.device = choose_device([] if gpu == 'cpu' else gpu, int(os.environ.get('LOCAL_RANK', 0)), self.count)
         self.quiet = True if self.rank > 0 else None
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)
         if self.count > 1 and not distributed.is_initialized():
             # a process may wait for hours for one that tests a large image; one that ends is noticed at once
             distributed.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo',
@@ -267,7 +269,7 @@ class Processes:
             distributed.destroy_process_group()
 
     def share(self, model):
-        """The model, whose gradients become those of all processes' mean loss. On CUDA, batch norm is theirs too."""
+        """The model, whose gradients become the mean over the processes."""
         if self.count == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
