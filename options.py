@@ -190,6 +190,8 @@ POST = dict(
     fill_holes=Option(0, int, 'pixels: holes of at most this size are filled; 0 = none', at_least=0),
     watershed=Option(0.0, float, 'split objects in which several regions have at least this inside probability; '
                                  '0 = none', at_least=0, below=1),
+    grow=Option(0.0, float, 'objects grow to where inside + contour is at least this, instead of by radius; '
+                            '0 = by radius', at_least=0, below=1),
 )
 
 PREPARE = dict(

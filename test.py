@@ -240,7 +240,7 @@ def segment_bands(bands, image_shape, post):
         del band                                                     # before the next one is made
     inside, contour = np.concatenate(inside), np.concatenate(contour)
     label = post_process(np.concatenate(masks), post['min_area'], post['radius'], image_shape, post['fill_holes'],
-                         post['watershed'], inside)
+                         post['watershed'], post['grow'], (inside, contour))
     return label, inside, contour
 
 

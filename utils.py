@@ -530,27 +530,28 @@ def inside_mask(probabilities, threshold=0):
     return probabilities[..., 1] >= threshold if threshold else probabilities.argmax(axis=2) == 1
 
 
-def post_process(inside, min_area, radius, original_size=None, fill_holes=0, watershed=0, probability=None):
+def post_process(inside, min_area, radius, original_size=None, fill_holes=0, watershed=0, grow=0, maps=None):
     """From the mask of class 1 to an instance label.
 
     inside: bool (H, W), `inside_mask`. min_area: pixels, smaller 4-connected components go. original_size: (H0, W0)
     when the network saw a scaled image; the mask is resized to it bilinearly. radius: pixels of the grey dilation
     that gives back the contour. Returns int32 (H0, W0), 0 = background.
-    Not in the published method, and off at 0: fill_holes, in pixels, as `fill_small_holes`, before all else;
-    watershed, a probability, as `split_objects`; it needs the inside probability map, uint8 (H, W), 255 = 1.
+    Not in the published method, and off at 0: fill_holes, pixels, see `fill_small_holes`, comes before all else;
+    watershed, a probability, see `split_objects`; grow, a probability, see `grow_objects`, replaces the dilation. The
+    last two need maps: the inside and contour probabilities, a pair of uint8 (H, W), 255 = 1.
     """
     mask = fill_small_holes(inside, fill_holes) if fill_holes else inside
     mask = remove_small_components(mask, min_area)
     if original_size is not None and mask.shape != tuple(original_size):
         grey = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(grey.resize(original_size[::-1], Image.BILINEAR)) > 127.5
-        if watershed:
-            probability = np.array(Image.fromarray(probability).resize(original_size[::-1], Image.BILINEAR))
+        if watershed or grow:
+            maps = [np.array(Image.fromarray(x).resize(original_size[::-1], Image.BILINEAR)) for x in maps]
     label, _ = ndimage.label(mask, np.ones((3, 3)))
     label = label.astype(np.int32, copy=False)
     if watershed:
-        label = split_objects(label, probability, watershed, min_area)
-    return dilate(label, radius)
+        label = split_objects(label, maps[0], watershed, min_area)
+    return grow_objects(label, *maps, grow) if grow else dilate(label, radius)
 
 
 def fill_small_holes(mask, max_area):
@@ -558,31 +559,44 @@ def fill_small_holes(mask, max_area):
     return ~remove_small_components(~mask, max_area + 1)
 
 
-def split_objects(label, probability, threshold, min_area):
+def split_objects(label, inside, threshold, min_area):
     """Split objects with several seeds, by a watershed that floods from them towards lower inside probability.
 
-    label: int32 (H, W), 8-connected objects 1..n, of which no two touch. probability: uint8 (H, W), 255 = 1. Seeds:
-    the 8-connected regions of at least `min_area` pixels with a probability of at least `threshold`. An object with
-    fewer than two stays as it is; of the others the part round the first seed keeps the id, the others get new ones.
+    label: int32 (H, W), 8-connected objects of which no two touch. inside: uint8 (H, W), 255 = probability 1. Seeds:
+    8-connected regions of at least `min_area` pixels with a probability of at least `threshold`. An object with fewer
+    than two stays whole. Returns int32 (H, W) with ids 1, 2, ...
     """
-    seeds, n_seeds = ndimage.label((probability >= threshold * 255) & (label > 0), np.ones((3, 3)))
-    in_seed = seeds > 0
-    owner = np.zeros(n_seeds + 1, np.int32)                          # the object of each seed, 0: it is too small
-    owner[seeds[in_seed]] = label[in_seed]                           # all pixels of a seed are of one object
-    owner[np.bincount(seeds[in_seed], minlength=n_seeds + 1) < min_area] = 0
-    n_objects, n_owned = label.max(initial=0), np.bincount(owner)
-    result, next_id = label.copy(), n_objects + 1
-    for i, window in enumerate(ndimage.find_objects(label), start=1):
-        if i >= len(n_owned) or n_owned[i] < 2:
+    seeds, n = ndimage.label((inside >= threshold * 255) & (label > 0), np.ones((3, 3)))
+    keep = np.bincount(seeds[seeds > 0], minlength=n + 1) >= max(1, min_area)
+    seeds = (np.cumsum(keep, dtype=np.int32) * keep)[seeds]
+    result = flood(seeds, inside, label)
+    unseeded = (label > 0) & (result == 0)
+    result[unseeded] = keep.sum() + 1 + np.unique(label[unseeded], return_inverse=True)[1]
+    return result
+
+
+def grow_objects(label, inside, contour, threshold):
+    """Grow objects, int32 (H, W), to where inside + contour is at least `threshold`; where two meet, the inside
+    probability is lowest. inside, contour: uint8 (H, W), 255 = probability 1."""
+    foreground = (inside.astype(np.uint16) + contour >= threshold * 255) | (label > 0)
+    return flood(label, inside, ndimage.label(foreground, np.ones((3, 3)))[0])
+
+
+def flood(seeds, inside, regions):
+    """Watershed from seeds, int32 (H, W), towards lower `inside`, uint8 (H, W), within regions, int (H, W): 8-connected
+    ones of which no two touch. Region by region, so that memory is that of the largest. Without a seed it is 0."""
+    result = np.zeros_like(seeds)
+    for i, window in enumerate(ndimage.find_objects(regions), start=1):
+        if window is None:
             continue
-        piece = label[window] == i
-        own = np.flatnonzero(owner == i)
-        ids = np.zeros(n_seeds + 1, np.int32)
-        ids[own] = [i, *range(next_id, next_id + len(own) - 1)]
-        next_id += len(own) - 1
-        markers = ids[seeds[window]]
-        flooded = segmentation.watershed(255 - probability[window], markers, connectivity=2, mask=piece)
-        result[window][piece] = flooded[piece]
+        region = regions[window] == i
+        own = seeds[window] * region
+        ids = np.unique(own[own > 0])
+        if len(ids) == 1:
+            result[window][region] = ids[0]
+        elif len(ids) > 1:
+            result[window][region] = segmentation.watershed(255 - inside[window], own, connectivity=2,
+                                                            mask=region)[region]
     return result
 
 

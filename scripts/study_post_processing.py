@@ -24,8 +24,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import find_labels, read_instance_label  # noqa: E402
 from options import Options  # noqa: E402
-from utils import (InputError, dilate, overlap_table, post_process, run_script, standard_metrics_of,  # noqa: E402
-                   write_text)
+from utils import (InputError, dilate, grow_objects, overlap_table, post_process, run_script,  # noqa: E402
+                   standard_metrics_of, write_text)
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
 CHOICES = {
@@ -35,28 +35,42 @@ CHOICES = {
     'fill_holes': (0, 20, 50, 100, 1000),        # pixels: largest hole that is filled
     'watershed': (0, 0.6, 0.7, 0.8, 0.9, 0.95),  # probability: regions above it are seeds that split an object
     'h_maxima': (0, 0.05, 0.1, 0.2, 0.3),        # probability: maxima that stand out by this are seeds instead
-    'foreground': (0, 0.3, 0.4, 0.5, 0.6),       # instead of the dilation, flood where inside + contour are above it
+    'grow': (0, 0.3, 0.4, 0.5, 0.6),             # instead of by radius, to where inside + contour are above it
 }
 METRICS = ('published_AJI', 'aji', 'pq', 'dice')
 
 
-def segment_maps(inside, contour, choice):
-    """Instance label, int32 (H, W), of probability maps, uint8 (H, W), 255 = 1, by a dict of CHOICES."""
-    i, c = inside.astype(int), contour.astype(int)
+class Maps:
+    """Probability maps of an image, uint8 (H, W), 255 = 1."""
+
+    def __init__(self, inside, contour):
+        self.inside, self.contour = inside, contour
+        self.smooth = ndimage.gaussian_filter(inside, 1)
+        self.seeds = {}
+
+    def h_maxima(self, h):
+        """int (H, W): ids of the regional maxima of the smoothed inside probability that stand out by h. Slow."""
+        if h not in self.seeds:
+            self.seeds[h] = ndimage.label(morphology.h_maxima(self.smooth, round(h * 255)), np.ones((3, 3)))[0]
+        return self.seeds[h]
+
+
+def segment_maps(maps, choice):
+    """Instance label, int32 (H, W), of Maps by a dict of CHOICES."""
+    inside, contour = maps.inside, maps.contour
     if choice['inside_threshold']:
-        mask = i >= choice['inside_threshold'] * 255
-    else:
-        mask = (2 * i + c > 255) & (i >= c)                  # above background, 255 - i - c, and not below contour
-    label = post_process(mask, choice['min_area'], 0, None, choice['fill_holes'], choice['watershed'], inside)
-    if choice['h_maxima']:
-        smooth = ndimage.gaussian_filter(inside, 1)
-        seeds = ndimage.label(morphology.h_maxima(smooth, round(choice['h_maxima'] * 255)), np.ones((3, 3)))[0]
-        split = segmentation.watershed(255 - smooth, seeds, connectivity=2, mask=label > 0)
-        label = np.where(split > 0, split, label + split.max()) * (label > 0)          # without a seed: as it was
-    if choice['foreground']:
-        mask = (i + c >= choice['foreground'] * 255) | (label > 0)
-        return segmentation.watershed(255 - inside, label, connectivity=2, mask=mask)
-    return dilate(label.astype(np.int32), choice['radius'])
+        mask = inside >= choice['inside_threshold'] * 255
+    else:                                               # above background, 255 - inside - contour, not below contour
+        mask = (2 * inside.astype(int) + contour > 255) & (inside >= contour)
+    options = {name: choice[name] for name in ('min_area', 'radius', 'fill_holes', 'watershed', 'grow')}
+    if not choice['h_maxima']:
+        return post_process(mask, **options, maps=(inside, contour))
+    label = post_process(mask, **options | {'radius': 0, 'grow': 0}, maps=(inside, contour))
+    split = segmentation.watershed(255 - maps.smooth, maps.h_maxima(choice['h_maxima']), connectivity=2, mask=label > 0)
+    label = (np.where(split > 0, split, label + split.max()) * (label > 0)).astype(np.int32)     # no seed: as it was
+    if choice['grow']:
+        return grow_objects(label, inside, contour, choice['grow'])
+    return dilate(label, choice['radius'])
 
 
 def score(label, truth):
@@ -66,7 +80,7 @@ def score(label, truth):
 
 
 class Study:
-    """Scores of variants on images. images: {name: (inside, contour, truth)}. Nothing is computed twice."""
+    """Scores of variants on images. images: {name: (Maps, truth)}. Nothing is computed twice."""
 
     def __init__(self, images):
         self.images, self.known = images, {}
@@ -76,8 +90,8 @@ class Study:
         """float (images, METRICS)."""
         key = tuple(choice.values())
         if key not in self.known:
-            self.known[key] = np.array([score(segment_maps(inside, contour, choice), truth)
-                                        for inside, contour, truth in self.images.values()])
+            self.known[key] = np.array([score(segment_maps(maps, choice), truth)
+                                        for maps, truth in self.images.values()])
             self.progress.update()
         return self.known[key]
 
@@ -93,7 +107,7 @@ class Study:
 
 
 def read_maps(results, set_name, label_dir):
-    """{name: (inside, contour, truth)} of all images of a set."""
+    """{name: (Maps, truth)} of all images of a set."""
     folder = results / f'{set_name}_prob_maps'
     insides = sorted(folder.glob('*_prob_inside.png'))
     if not insides:
@@ -102,7 +116,7 @@ def read_maps(results, set_name, label_dir):
     images = {}
     for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
         inside, contour = (np.array(Image.open(folder / f'{name}_prob_{kind}.png')) for kind in ('inside', 'contour'))
-        images[name] = inside, contour, read_instance_label(label, inside.shape)
+        images[name] = Maps(inside, contour), read_instance_label(label, inside.shape)
     return images
 
 

@@ -122,6 +122,8 @@ def check_scores(check, weights, data_dir, tta):
 def card_section(weights, found):
     """The part of the model card that is made of the weights' own contents, as Markdown. found: of `measure`."""
     shipped = load_checkpoint(weights)
+    if 'stages' not in shipped:
+        raise InputError(f'{weights} does not say how it was made; make it with scripts/export_pretrained.py')
     parameters = sum(value.numel() for key, value in shipped['state_dict'].items()
                      if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
     lines = [BEGIN, '', '| | |', '|---|---|',
@@ -129,7 +131,7 @@ def card_section(weights, found):
              f'| SHA-256 | `{sha256_of(weights)}` |',
              f'| network | {shipped["options"]["model"]["name"]}, {parameters:,} parameters, float32 |',
              f'| training | {shipped["hours"]:.1f} hours, {shipped["steps"]:,} steps |',
-             f'| best IoU of class 1 on the val patches | {shipped["best_iou"]:.4f} |',
+             f'| IoU of class 1 on the val patches | {shipped["best_iou"]:.4f} |',
              f'| code | commit {shipped["commit"]} |',
              f'| packages | {", ".join(f"{name} {version}" for name, version in shipped["packages"].items())} |',
              f'| data (SHA-256 of the hashes of all its files) | `{shipped["data_sha256"]}` |', '',
@@ -160,9 +162,9 @@ def with_section(card, section):
 
 def write_expected(weights, card, expected):
     found = measure(weights)
+    section = card_section(weights, found)
     write_text(expected, json.dumps(found, indent=1) + '\n')
-    write_text(card, with_section(card.read_text(encoding='utf-8') if card.is_file() else '',
-                                  card_section(weights, found)))
+    write_text(card, with_section(card.read_text(encoding='utf-8') if card.is_file() else '', section))
     print(f'wrote {expected} and the facts in {card}')
 
 

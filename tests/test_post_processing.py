@@ -11,8 +11,8 @@ from skimage.segmentation import watershed
 import study_post_processing as study
 import test as test_script
 from options import Options
-from utils import (InputError, dilate, fill_small_holes, inside_mask, post_process, save_image, save_instances,
-                   split_objects)
+from utils import (InputError, dilate, fill_small_holes, grow_objects, inside_mask, post_process, save_image,
+                   save_instances, split_objects)
 
 EIGHT = np.ones((3, 3))
 
@@ -49,7 +49,8 @@ def test_the_default_is_the_published_way(seed):
     assert np.array_equal(contour, np.round(whole[..., 2] * 255))
 
 
-@pytest.mark.parametrize('changed', [dict(inside_threshold=0.6), dict(fill_holes=30), dict(watershed=0.8)])
+@pytest.mark.parametrize('changed', [dict(inside_threshold=0.6), dict(fill_holes=30), dict(watershed=0.8),
+                                     dict(grow=0.5)])
 def test_how_an_image_is_cut_into_bands_changes_nothing(changed):
     whole = maps(4, 90, sigma=1.5)
     options = post(min_area=5, radius=0, **changed)
@@ -124,7 +125,8 @@ def test_objects_are_split_as_by_a_watershed_of_each(seed, threshold, min_area):
     probability = np.round(maps(seed, 120, 130)[..., 1] * 255).astype(np.uint8)
     label = ndimage.label(probability > 90, EIGHT)[0].astype(np.int32)
     split = split_objects(label, probability, threshold, min_area)
-    assert split.dtype == np.int32 and same_objects(split, slow_split(label, probability, threshold, min_area))
+    assert split.dtype == np.int32
+    assert same_objects(split, slow_split(label, probability, threshold, min_area))
     assert np.array_equal(np.unique(split), np.arange(split.max() + 1))
     assert split.max() > label.max() or threshold == 0.99
 
@@ -135,19 +137,50 @@ def test_two_nuclei_with_a_bridge_are_split_where_the_probability_is_lowest():
     probability = probability.astype(np.uint8)
     mask = probability > 100
     assert post_process(mask, 20, 0).max() == 1
-    label = post_process(mask, 20, 0, watershed=0.9, probability=probability)
+    label = post_process(mask, 20, 0, watershed=0.9, maps=(probability, 0 * probability))
     assert label.max() == 2 and np.array_equal(label > 0, mask)
     assert (label[:, :20][mask[:, :20]] == 1).all() and (label[:, 21:][mask[:, 21:]] == 2).all()
-    scaled = post_process(mask, 20, 0, (42, 82), watershed=0.9, probability=probability)       # a scaled image
+    scaled = post_process(mask, 20, 0, (42, 82), watershed=0.9, maps=(probability, probability))        # a scaled image
     assert scaled.max() == 2 and (scaled[:, :40][scaled[:, :40] > 0] == 1).all()
 
 
-def test_nothing_to_split():
-    empty = np.zeros((5, 6), np.int32)
-    assert np.array_equal(split_objects(empty, np.zeros((5, 6), np.uint8), 0.5, 1), empty)
-    one = np.ones((5, 6), np.int32)
-    assert np.array_equal(split_objects(one, np.zeros((5, 6), np.uint8), 0.5, 1), one)
-    assert np.array_equal(split_objects(one, np.full((5, 6), 255, np.uint8), 0.5, 1), one)
+def test_nothing_to_split_or_to_grow():
+    empty, one, sure = np.zeros((5, 6), np.int32), np.ones((5, 6), np.int32), np.full((5, 6), 255, np.uint8)
+    nothing = 0 * sure
+    assert np.array_equal(split_objects(empty, nothing, 0.5, 1), empty)
+    assert np.array_equal(split_objects(one, nothing, 0.5, 1), one)
+    assert np.array_equal(split_objects(one, sure, 0.5, 0), one)
+    assert np.array_equal(grow_objects(empty, sure, nothing, 0.5), empty)
+    assert np.array_equal(grow_objects(one, nothing, nothing, 0.5), one)
+
+
+def slow_grow(label, inside, foreground):
+    """One pixel at a time: that of the highest inside probability gives its id to all its free neighbours."""
+    result, waiting = label.copy(), label > 0
+    while waiting.any():
+        y, x = np.argwhere(waiting)[np.argmax(inside[waiting])]
+        waiting[y, x] = False
+        around = np.s_[max(0, y - 1):y + 2, max(0, x - 1):x + 2]
+        free = foreground[around] & (result[around] == 0)
+        result[around][free] = result[y, x]
+        waiting[around] |= free
+    return result
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_objects_grow_over_the_foreground(seed):
+    smooth = maps(seed, 15, 16, sigma=1.0)
+    inside = smooth[..., 1].ravel().argsort().argsort().reshape(15, 16).astype(np.uint8)       # all different: no ties
+    contour = (smooth[..., 2] * (255 - inside)).astype(np.uint8)
+    cores = ndimage.label(inside > 200, EIGHT)[0].astype(np.int32)
+    cores[cores == 1] = 0                                               # an object that is not there is not made
+    grown = grow_objects(cores, inside, contour, 0.4)
+    expected = slow_grow(cores, inside, inside.astype(int) + contour >= 102)
+    assert grown.dtype == np.int32 and np.array_equal(grown, expected)
+    assert (grown > 0).sum() > 2 * (cores > 0).sum()
+    label = post_process(inside > 200, 1, 2, grow=0.4, maps=(inside, contour))
+    assert np.array_equal(label, slow_grow(ndimage.label(inside > 200, EIGHT)[0], inside,
+                                           inside.astype(int) + contour >= 102))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -158,29 +191,28 @@ PUBLISHED = dict.fromkeys(study.CHOICES, 0) | {'min_area': 5, 'radius': 2}
 
 
 @pytest.mark.parametrize('changed', [{}, {'min_area': 0}, {'inside_threshold': 0.6}, {'fill_holes': 50},
-                                     {'watershed': 0.8}])
+                                     {'watershed': 0.8}, {'grow': 0.5}, {'watershed': 0.8, 'grow': 0.5}])
 def test_stored_maps_give_what_the_probabilities_give(changed):
     choice = PUBLISHED | changed
     steps = np.round(maps(1, sigma=1.5) * 255)
     steps[..., 0] = 255 - steps[..., 1] - steps[..., 2]
     probabilities = (steps / 255).astype(np.float32)                  # exact in 8 bits
     label, inside, contour = test_script.segment_bands([probabilities], (60, 70), post(**{
-        name: choice[name] for name in ('min_area', 'radius', 'inside_threshold', 'fill_holes', 'watershed')}))
-    assert np.array_equal(study.segment_maps(inside, contour, choice), label)
+        name: choice[name] for name in ('min_area', 'radius', 'inside_threshold', 'fill_holes', 'watershed', 'grow')}))
+    assert np.array_equal(study.segment_maps(study.Maps(inside, contour), choice), label)
 
 
-def test_variants_that_only_the_study_knows():
+def test_seeds_at_h_maxima_split_objects_and_join_none():
     probabilities = maps(2, 90, 100)
-    inside, contour = (np.round(probabilities[..., k] * 255).astype(np.uint8) for k in (1, 2))
-    cores = study.segment_maps(inside, contour, PUBLISHED | {'radius': 0})
-    grown = study.segment_maps(inside, contour, PUBLISHED | {'foreground': 0.5})
-    assert np.array_equal(grown[cores > 0], cores[cores > 0])
-    foreground = inside.astype(int) + contour >= 0.5 * 255
-    assert (foreground | (cores > 0))[grown > 0].all() and (grown > 0).sum() > (cores > 0).sum()
-    split = study.segment_maps(inside, contour, PUBLISHED | {'radius': 0, 'h_maxima': 0.05})
+    image = study.Maps(*(np.round(probabilities[..., k] * 255).astype(np.uint8) for k in (1, 2)))
+    cores = study.segment_maps(image, PUBLISHED | {'radius': 0})
+    split = study.segment_maps(image, PUBLISHED | {'radius': 0, 'h_maxima': 0.05})
     assert np.array_equal(split > 0, cores > 0) and len(np.unique(split)) > len(np.unique(cores))
     for part in np.unique(split[split > 0]):
-        assert len(np.unique(cores[split == part])) == 1                # each part is of one object
+        assert len(np.unique(cores[split == part])) == 1
+    assert np.array_equal(dilate(split, 2), study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05}))
+    grown = study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05, 'grow': 0.5})
+    assert np.array_equal(grown, grow_objects(split, image.inside, image.contour, 0.5))
 
 
 @pytest.fixture
@@ -200,12 +232,12 @@ def results(tmp_path):
 
 def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, capsys):
     monkeypatch.setattr(study, 'CHOICES', {**{name: (0,) for name in study.CHOICES}, 'min_area': (20, 40),
-                                           'radius': (0, 1, 2), 'fill_holes': (0, 20), 'foreground': (0, 0.5)})
+                                           'radius': (0, 1, 2), 'fill_holes': (0, 20), 'grow': (0, 0.5)})
     study.main([str(results / 'out'), '--label-dir', str(results / 'labels')])
     table = json.loads((results / 'out/set_post_processing.json').read_text())
     rows = {row['name']: row for row in table['variants']}
     assert list(rows)[:-1] == ['published: min_area 20 radius 2', 'min_area 40', 'radius 0', 'radius 1',
-                               'fill_holes 20', 'foreground 0.5']
+                               'fill_holes 20', 'grow 0.5']
     assert [name for name, row in rows.items() if row['published']] == ['published: min_area 20 radius 2']
     best = table['variants'][-1]
     assert best['name'].startswith('greedy search: ')
@@ -221,12 +253,12 @@ def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, ca
 
 def test_the_study_scores_as_the_metrics_do(results):
     from utils import nuclei_accuracy_object_level, standard_metrics
-    inside, contour, truth = study.read_maps(results / 'out', 'set', results / 'labels')['im.0']
-    label = study.segment_maps(inside, contour, PUBLISHED)
+    image, truth = study.read_maps(results / 'out', 'set', results / 'labels')['im.0']
+    label = study.segment_maps(image, PUBLISHED)
     expected = standard_metrics(label, truth)
     assert study.score(label, truth) == [nuclei_accuracy_object_level(label, truth).AJI, expected['aji'],
                                          expected['pq'], expected['dice']]
-    assert np.array_equal(label, dilate(study.segment_maps(inside, contour, PUBLISHED | {'radius': 0}), 2))
+    assert np.array_equal(label, dilate(study.segment_maps(image, PUBLISHED | {'radius': 0}), 2))
 
 
 def test_what_the_study_cannot_use(results):

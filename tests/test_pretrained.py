@@ -187,6 +187,8 @@ def test_what_cannot_be_checked(made, shipped, measured):
         verify_pretrained.main(['--weights', str(shipped)])
     with pytest.raises(InputError, match='no checkpoint at nowhere.pth.tar'):
         verify_pretrained.main(['--weights', 'nowhere.pth.tar'])
+    with pytest.raises(InputError, match='best.pth.tar does not say how it was made; make it with'):
+        verify_pretrained.main(['--weights', str(made / 'stage2/checkpoints/checkpoint_best.pth.tar'), '--write'])
 
 
 # ---------------------------------------------------------------------------------------------------
