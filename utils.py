@@ -537,8 +537,8 @@ def post_process(inside, min_area, radius, original_size=None, fill_holes=0, wat
     when the network saw a scaled image; the mask is resized to it bilinearly. radius: pixels of the grey dilation
     that gives back the contour. Returns int32 (H0, W0), 0 = background.
     Not in the published method, and off at 0: fill_holes, pixels, see `fill_small_holes`, comes before all else;
-    watershed, a probability, see `split_objects`; grow, a probability, see `grow_objects`, replaces the dilation. The
-    last two need maps: the inside and contour probabilities, a pair of uint8 (H, W), 255 = 1.
+    watershed, a probability, see `confident_seeds`, `split_objects`; grow, a probability, see `grow_objects`, replaces
+    the dilation. The last two need maps: the inside and contour probabilities, a pair of uint8 (H, W), 255 = 1.
     """
     mask = fill_small_holes(inside, fill_holes) if fill_holes else inside
     mask = remove_small_components(mask, min_area)
@@ -550,7 +550,7 @@ def post_process(inside, min_area, radius, original_size=None, fill_holes=0, wat
     label, _ = ndimage.label(mask, np.ones((3, 3)))
     label = label.astype(np.int32, copy=False)
     if watershed:
-        label = split_objects(label, maps[0], watershed, min_area)
+        label = split_objects(label, maps[0], confident_seeds(label, maps[0], watershed, min_area))
     return grow_objects(label, *maps, grow) if grow else dilate(label, radius)
 
 
@@ -559,19 +559,23 @@ def fill_small_holes(mask, max_area):
     return ~remove_small_components(~mask, max_area + 1)
 
 
-def split_objects(label, inside, threshold, min_area):
-    """Split objects with several seeds, by a watershed that floods from them towards lower inside probability.
-
-    label: int32 (H, W), 8-connected objects of which no two touch. inside: uint8 (H, W), 255 = probability 1. Seeds:
-    8-connected regions of at least `min_area` pixels with a probability of at least `threshold`. An object with fewer
-    than two stays whole. Returns int32 (H, W) with ids 1, 2, ...
-    """
+def confident_seeds(label, inside, threshold, min_area):
+    """Ids 1, 2, ... of the 8-connected regions of objects, int (H, W), where `inside`, uint8 (H, W), 255 = probability
+    1, is at least `threshold`; those of fewer than `min_area` pixels are 0."""
     seeds, n = ndimage.label((inside >= threshold * 255) & (label > 0), np.ones((3, 3)))
     keep = np.bincount(seeds[seeds > 0], minlength=n + 1) >= max(1, min_area)
-    seeds = (np.cumsum(keep, dtype=np.int32) * keep)[seeds]
+    return (np.cumsum(keep, dtype=np.int32) * keep)[seeds]
+
+
+def split_objects(label, inside, seeds):
+    """Split objects with several seeds, by a watershed that floods from them towards lower inside probability.
+
+    label: int32 (H, W), 8-connected objects of which no two touch. inside: uint8 (H, W). seeds: int32 (H, W) of ids
+    1, 2, ..., each in one object; an object with fewer than two stays whole. Returns int32 (H, W), ids 1, 2, ...
+    """
     result = flood(seeds, inside, label)
     unseeded = (label > 0) & (result == 0)
-    result[unseeded] = keep.sum() + 1 + np.unique(label[unseeded], return_inverse=True)[1]
+    result[unseeded] = seeds.max(initial=0) + 1 + np.unique(label[unseeded], return_inverse=True)[1]
     return result
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from skimage import morphology, segmentation
+from skimage import morphology
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import find_labels, read_instance_label  # noqa: E402
 from options import Options  # noqa: E402
 from utils import (InputError, dilate, grow_objects, overlap_table, post_process, run_script,  # noqa: E402
-                   standard_metrics_of, write_text)
+                   split_objects, standard_metrics_of, write_text)
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
 CHOICES = {
@@ -37,6 +37,7 @@ CHOICES = {
     'h_maxima': (0, 0.05, 0.1, 0.2, 0.3),        # probability: maxima that stand out by this are seeds instead
     'grow': (0, 0.3, 0.4, 0.5, 0.6),             # instead of by radius, to where inside + contour are above it
 }
+EIGHT = np.ones((3, 3))                          # 8-connected
 METRICS = ('published_AJI', 'aji', 'pq', 'dice')
 
 
@@ -51,7 +52,10 @@ class Maps:
     def h_maxima(self, h):
         """int (H, W): ids of the regional maxima of the smoothed inside probability that stand out by h. Slow."""
         if h not in self.seeds:
-            self.seeds[h] = ndimage.label(morphology.h_maxima(self.smooth, round(h * 255)), np.ones((3, 3)))[0]
+            # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
+            top = self.smooth.astype(int)
+            cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=EIGHT)
+            self.seeds[h] = ndimage.label(morphology.local_maxima(cut, EIGHT), EIGHT)[0]
         return self.seeds[h]
 
 
@@ -66,8 +70,8 @@ def segment_maps(maps, choice):
     if not choice['h_maxima']:
         return post_process(mask, **options, maps=(inside, contour))
     label = post_process(mask, **options | {'radius': 0, 'grow': 0}, maps=(inside, contour))
-    split = segmentation.watershed(255 - maps.smooth, maps.h_maxima(choice['h_maxima']), connectivity=2, mask=label > 0)
-    label = (np.where(split > 0, split, label + split.max()) * (label > 0)).astype(np.int32)     # no seed: as it was
+    seeds = ndimage.label((maps.h_maxima(choice['h_maxima']) > 0) & (label > 0), EIGHT)[0]
+    label = split_objects(label, maps.smooth, seeds)
     if choice['grow']:
         return grow_objects(label, inside, contour, choice['grow'])
     return dilate(label, choice['radius'])

@@ -11,8 +11,8 @@ from skimage.segmentation import watershed
 import study_post_processing as study
 import test as test_script
 from options import Options
-from utils import (InputError, dilate, fill_small_holes, grow_objects, inside_mask, post_process, save_image,
-                   save_instances, split_objects)
+from utils import (InputError, confident_seeds, dilate, fill_small_holes, grow_objects, inside_mask, post_process,
+                   save_image, save_instances, split_objects)
 
 EIGHT = np.ones((3, 3))
 
@@ -124,7 +124,7 @@ def same_objects(a, b):
 def test_objects_are_split_as_by_a_watershed_of_each(seed, threshold, min_area):
     probability = np.round(maps(seed, 120, 130)[..., 1] * 255).astype(np.uint8)
     label = ndimage.label(probability > 90, EIGHT)[0].astype(np.int32)
-    split = split_objects(label, probability, threshold, min_area)
+    split = split_objects(label, probability, confident_seeds(label, probability, threshold, min_area))
     assert split.dtype == np.int32
     assert same_objects(split, slow_split(label, probability, threshold, min_area))
     assert np.array_equal(np.unique(split), np.arange(split.max() + 1))
@@ -147,9 +147,8 @@ def test_two_nuclei_with_a_bridge_are_split_where_the_probability_is_lowest():
 def test_nothing_to_split_or_to_grow():
     empty, one, sure = np.zeros((5, 6), np.int32), np.ones((5, 6), np.int32), np.full((5, 6), 255, np.uint8)
     nothing = 0 * sure
-    assert np.array_equal(split_objects(empty, nothing, 0.5, 1), empty)
-    assert np.array_equal(split_objects(one, nothing, 0.5, 1), one)
-    assert np.array_equal(split_objects(one, sure, 0.5, 0), one)
+    for label, inside in ((empty, nothing), (empty, sure), (one, nothing), (one, sure)):
+        assert np.array_equal(split_objects(label, inside, confident_seeds(label, inside, 0.5, 0)), label)
     assert np.array_equal(grow_objects(empty, sure, nothing, 0.5), empty)
     assert np.array_equal(grow_objects(one, nothing, nothing, 0.5), one)
 
@@ -213,6 +212,17 @@ def test_seeds_at_h_maxima_split_objects_and_join_none():
     assert np.array_equal(dilate(split, 2), study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05}))
     grown = study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05, 'grow': 0.5})
     assert np.array_equal(grown, grow_objects(split, image.inside, image.contour, 0.5))
+
+
+def test_h_maxima_of_one_height_are_one_unless_the_valley_is_deep():
+    y, x = np.mgrid[:31, :41]
+    for valley, count in ((150, 1), (90, 2)):
+        inside = np.where(np.hypot(y - 15, x - 20) < 15, valley, 0)
+        for column in (13, 27):
+            inside[12:19, column - 3:column + 4] = 200
+        image = study.Maps(inside.astype(np.uint8), np.zeros((31, 41), np.uint8))
+        seeds = image.h_maxima(0.3)                                     # 76
+        assert len(np.unique(seeds[inside > 0])) - (seeds[inside > 0] == 0).any() == count
 
 
 @pytest.fixture
