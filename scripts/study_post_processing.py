@@ -70,7 +70,9 @@ def segment_maps(maps, choice):
     if not choice['h_maxima']:
         return post_process(mask, **options, maps=(inside, contour))
     label = post_process(mask, **options | {'radius': 0, 'grow': 0}, maps=(inside, contour))
-    seeds = ndimage.label((maps.h_maxima(choice['h_maxima']) > 0) & (label > 0), EIGHT)[0]
+    tops, seeds = maps.h_maxima(choice['h_maxima']), np.zeros_like(label)
+    both = (tops > 0) & (label > 0)                     # a top that reaches into several objects is a seed in each
+    seeds[both] = 1 + np.unique(np.stack([tops[both], label[both]]), axis=1, return_inverse=True)[1].ravel()
     label = split_objects(label, maps.smooth, seeds)
     if choice['grow']:
         return grow_objects(label, inside, contour, choice['grow'])

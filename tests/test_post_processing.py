@@ -225,6 +225,16 @@ def test_h_maxima_of_one_height_are_one_unless_the_valley_is_deep():
         assert len(np.unique(seeds[inside > 0])) - (seeds[inside > 0] == 0).any() == count
 
 
+def test_a_maximum_that_leaves_an_object_and_comes_back_is_one_seed():
+    inside, contour = np.zeros((2, 40, 50), np.uint8)
+    inside[5:35, 5:15] = inside[5:35, 35:45] = 200                      # an object in two halves
+    inside[5:15, 15:35], contour[5:15, 15:35] = 100, 60                 # joined by a part that is inside, barely
+    inside[25:35, 15:35], contour[25:35, 15:35] = 120, 135              # and by a higher one that is contour
+    image = study.Maps(inside, contour)
+    for h, count in ((0.35, 1), (0.2, 2)):                              # 89 cuts between the two joints, 51 above both
+        assert study.segment_maps(image, PUBLISHED | {'radius': 0, 'h_maxima': h}).max() == count
+
+
 @pytest.fixture
 def results(tmp_path):
     """Probability maps of two images as test.py writes them, and their labels: objects a pixel thinner, with holes."""
