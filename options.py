@@ -185,6 +185,14 @@ TEST = dict(
 POST = dict(
     min_area=Option(by_dataset(20, 100), int, 'pixels: smaller components are removed', at_least=0),
     radius=Option(by_dataset(2, 4), int, 'pixels: dilation that gives back the contour', at_least=0),
+    # not in the published method: off at 0; what each gains is in the README
+    inside_threshold=Option(0.0, float, 'objects are where the inside probability is at least this; 0 = where inside '
+                                        'is the most likely class', at_least=0, below=1),
+    fill_holes=Option(0, int, 'pixels: holes of at most this size are filled; 0 = none', at_least=0),
+    watershed=Option(0.0, float, 'split objects in which several regions have at least this inside probability; '
+                                 '0 = none', at_least=0, below=1),
+    grow=Option(0.0, float, 'objects grow to where inside + contour is at least this, instead of by radius; '
+                            '0 = by radius', at_least=0, below=1),
 )
 
 PREPARE = dict(

@@ -22,8 +22,8 @@ from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level, build_model,
-                   choose_device, find_edges, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
-                   nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
+                   choose_device, find_edges, gland_accuracy_object_level, inside_mask, load_checkpoint, load_weights,
+                   match_objects, nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
                    write_text)
 
@@ -241,14 +241,16 @@ def segment_bands(bands, image_shape, post):
 
     The maps hold 255 times the probability. image_shape: (H, W).
     """
-    classes, inside, contour = [], [], []
+    masks, inside, contour = [], [], []
     for band in bands:
-        classes.append(band.argmax(axis=2) == 1)
+        masks.append(inside_mask(band, post['inside_threshold']))
         inside.append(np.round(band[..., 1] * 255).astype(np.uint8))
         contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
         del band                                                     # before the next one is made
-    label = post_process(np.concatenate(classes), post['min_area'], post['radius'], image_shape)
-    return label, np.concatenate(inside), np.concatenate(contour)
+    inside, contour = np.concatenate(inside), np.concatenate(contour)
+    label = post_process(np.concatenate(masks), post['min_area'], post['radius'], image_shape, post['fill_holes'],
+                         post['watershed'], post['grow'], (inside, contour))
+    return label, inside, contour
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Make a file of weights to ship from a training run.
 
-    python scripts/export_pretrained.py --run RUN --data-dir DATA [--checkpoint best]
-        [--scores val_full_metrics.json ...] [--out pretrained/FullNet_MultiOrgan.pth.tar]
+    python scripts/export_pretrained.py --run RUN --data-dir DATA [--checkpoint best] [--scores RESULTS ...]
+        [--out pretrained/FullNet_MultiOrgan.pth.tar]
 
-It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe, a
-fingerprint of the data, the commit, the hours, and the scores of {set}_metrics.json files of test.py; no optimizer.
+It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe of
+every stage (a run that started from another one's weights has two), a fingerprint of the data, the commit, the hours,
+and scores; no optimizer. RESULTS: save_dir of test.py, whose scores are taken if they are those of these weights.
 """
 import argparse
 import hashlib
@@ -20,6 +21,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import list_images, load_mean_std, read_image  # noqa: E402
 from utils import InputError, load_checkpoint, run_script, save_checkpoint, sha256_of  # noqa: E402
+
+PRIVATE = ('data_dir', 'save_dir', 'checkpoint', 'init_from')            # paths of the machine that trained
 
 
 def lab_statistics(paths):
@@ -37,16 +40,59 @@ def data_fingerprint(run_info):
     return hashlib.sha256('\n'.join(sorted(run_info['files'].values())).encode()).hexdigest()
 
 
+def stages_of(path):
+    """What the weights of a checkpoint went through: a list of {train, transform, epochs, steps, hours}, oldest first.
+
+    train, transform: options. epochs, steps: when these weights were saved. hours: of the whole run. The weights that
+    a run started from (--init-from) have stages of their own. Raises InputError if that file is gone.
+    """
+    checkpoint = load_checkpoint(path)
+    if 'options' not in checkpoint:
+        raise InputError(f'{path} holds no options: it was not written by this train.py')
+    options = checkpoint['options']
+    stage = {'train': {name: value for name, value in options['train'].items() if name not in PRIVATE},
+             'transform': options['transform'], 'epochs': checkpoint['epoch']}
+    if 'step' not in checkpoint:                                          # exported
+        return checkpoint.get('stages') or [stage | {'steps': checkpoint['steps'], 'hours': checkpoint['hours']}]
+    latest = path.with_name('checkpoint.pth.tar')
+    whole_run = load_checkpoint(latest) if latest.is_file() else checkpoint
+    before = options['train']['init_from']
+    return [*(stages_of(Path(before)) if before else []),
+            stage | {'steps': checkpoint['step'], 'hours': whole_run['minutes'] / 60}]
+
+
+def scores_of(results, weights):
+    """{set, test, post, mean, images} of a result folder of test.py: scores, and the options they were made with.
+
+    weights: state_dict. Raises InputError if the folder has no scores, or was made with other weights.
+    """
+    files = sorted(results.glob('*_metrics.json'))
+    if len(files) != 1 or not (results / 'test_options.json').is_file():
+        raise InputError(f'{results} has {len(files)} *_metrics.json files; expected one, and test_options.json, '
+                         f'from test.py with labels')
+    options = json.loads((results / 'test_options.json').read_text(encoding='utf-8'))
+    scored = load_checkpoint(options['test']['model_path'])['state_dict']
+    if scored.keys() != weights.keys() or not all(torch.equal(scored[key].float(), value.float())
+                                                  for key, value in weights.items()):
+        raise InputError(f'the scores in {results} are of other weights, {options["test"]["model_path"]}; run test.py '
+                         f'with the checkpoint that is exported')
+    metrics = json.loads(files[0].read_text(encoding='utf-8'))
+    return {'set': metrics['set'], 'test': {name: options['test'][name] for name in ('tta', 'amp', 'patch_size',
+                                                                                    'overlap')},
+            'post': options['post'], 'mean': metrics['mean'], 'images': metrics['images']}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', type=Path, required=True, help='run folder of train.py')
     parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
     parser.add_argument('--checkpoint', default='best', help='best, latest, or the number of an epoch')
-    parser.add_argument('--scores', type=Path, nargs='*', default=[], help='{set}_metrics.json files to carry along')
+    parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
     parser.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'pretrained/FullNet_MultiOrgan.pth.tar')
     args = parser.parse_args(argv)
     ending = '' if args.checkpoint == 'latest' else f'_{args.checkpoint}'
-    checkpoint = load_checkpoint(args.run / 'checkpoints' / f'checkpoint{ending}.pth.tar')
+    path = args.run / 'checkpoints' / f'checkpoint{ending}.pth.tar'
+    checkpoint = load_checkpoint(path)
     if 'options' not in checkpoint or not (args.run / 'run_info.json').is_file():
         raise InputError(f'{args.run} is not a run of this train.py: expected options in its checkpoint, and '
                          f'run_info.json')
@@ -57,20 +103,19 @@ def main(argv=None):
                          f'its --data-dir')
     weights = {key: value.float() if value.is_floating_point() else value
                for key, value in checkpoint['state_dict'].items()}
-    options = checkpoint['options']
-    recipe = {name: value for name, value in options['train'].items()
-              if name not in ('data_dir', 'save_dir', 'checkpoint')}
-    scores = {str(path.stem): json.loads(path.read_text()) for path in args.scores}
+    stages = stages_of(path)
     save_checkpoint(args.out, {
         'epoch': checkpoint['epoch'], 'state_dict': weights, 'mean_std': checkpoint['mean_std'],
         'best_iou': float(checkpoint['best_iou']), 'optimizer': {},
-        'options': {'dataset': options['dataset'], 'model': options['model'], 'train': recipe,
-                    'transform': options['transform']},
+        'options': {'dataset': checkpoint['options']['dataset'], 'model': checkpoint['options']['model'],
+                    'train': stages[-1]['train'], 'transform': stages[-1]['transform']},
         'lab': lab_statistics(list_images(args.data_dir / 'images' / 'train')),
         'data_sha256': data_fingerprint(info), 'commit': info['commit'], 'packages': info['packages'],
-        'steps': checkpoint['step'], 'hours': checkpoint['minutes'] / 60, 'scores': scores})
-    print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, epoch {checkpoint["epoch"]}, '
-          f'{checkpoint["minutes"] / 60:.1f} hours, SHA-256 {sha256_of(args.out)}')
+        'stages': stages, 'steps': sum(stage['steps'] for stage in stages),
+        'hours': sum(stage['hours'] for stage in stages),
+        'scores': [scores_of(results, weights) for results in args.scores]})
+    print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {len(stages)} stages, '
+          f'{sum(stage["hours"] for stage in stages):.1f} hours, SHA-256 {sha256_of(args.out)}')
 
 
 if __name__ == '__main__':

@@ -40,11 +40,14 @@ def test_published_defaults():
     assert glas.transform['val'] == dict(scale=208, label_encoding=2, to_tensor=1, normalize=True)
 
 
+OFF = dict(inside_threshold=0, fill_holes=0, watershed=0, grow=0)        # not in the published method
+
+
 @pytest.mark.parametrize('dataset, expected, post', [
     ('MultiOrgan', dict(img_dir='./data/MultiOrgan/images/test_same', patch_size=208, overlap=80,
-                        label_dir='./data/MultiOrgan/labels_instance/test'), dict(min_area=20, radius=2)),
+                        label_dir='./data/MultiOrgan/labels_instance/test'), dict(min_area=20, radius=2, **OFF)),
     ('GlaS', dict(img_dir='./data/GlaS/images/testA', label_dir='./data/GlaS/labels_instance/testA', patch_size=0),
-     dict(min_area=100, radius=4)),
+     dict(min_area=100, radius=4, **OFF)),
 ])
 def test_published_test_defaults(dataset, expected, post):
     opt = for_testing('--dataset', dataset)

@@ -1,11 +1,17 @@
 """The scripts around the project."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+import tifffile
 from miniature import nuclei
 from PIL import Image
 
 from scripts import demo_report
-from utils import InputError, save_image, save_instances
+from utils import InputError, load_checkpoint, save_checkpoint, save_image, save_instances
 
 TABLE = 'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.8\t0.7\t0.6\n'
 
@@ -41,3 +47,37 @@ def test_outline_is_drawn_on_the_object_s_own_border():
     label[2:7, 2:7] = 1
     drawn = (demo_report.outline(np.zeros((9, 9, 3), np.uint8), label) > 0).any(axis=2)
     assert drawn.sum() == 16 and drawn[2, 2] and not drawn[4, 4]
+
+
+def test_raw_images_are_scored_without_and_with_color_norm(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    weights = load_checkpoint(root / 'tests/golden/tiny_checkpoint.pth.tar')
+    model = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=8, drop_rate=0.1, compress_ratio=0.5,
+                 dilations=(1, 2, 4, 8, 16, 4, 1), is_hybrid=True, layer_type='basic')
+    save_checkpoint(tmp_path / 'w.pth.tar', {
+        'epoch': 1, 'state_dict': weights['state_dict'], 'best_iou': 0.5, 'options': {'model': model},
+        'mean_std': [[0.74, 0.54, 0.66], [0.16, 0.2, 0.15]], 'lab': [[63, 25, -9], [17, 9, 6]]})
+    (tmp_path / 'tiffs').mkdir()
+    names = ('Breast_TCGA-AR-A1AS-01Z-00-DX1', 'Liver_TCGA-50-5931-01Z-00-DX1')
+    for i, name in enumerate(names):
+        image, label = nuclei(i, 60, 70)
+        tifffile.imwrite(tmp_path / 'tiffs' / f'{name.split("_")[1]}.tif', image // 2 + 60, photometric='rgb')
+        save_instances(tmp_path / 'data/labels_instance/val_full' / f'{name}.png', label)
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+                   'MODEL': str(tmp_path / 'w.pth.tar'), 'DATA_DIR': str(tmp_path / 'data'),
+                   'SAVE_DIR': str(tmp_path / 'out')}
+
+    def run(*words):
+        return subprocess.run(['sh', str(root / 'scripts/score_raw_images.sh'), *words], capture_output=True, text=True,
+                              env=environment)
+    done = run(str(tmp_path / 'tiffs'), '--tta', 'none', '--min-area', '1', '--gpu', 'cpu')
+    assert done.returncode == 0, done.stderr
+    lines = [line.rsplit(' ', 1) for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == [f'--color-norm {word} {name}: AJI' for word in (False, True)
+                                           for name in ('Average', *names)]
+    values = [float(line[1]) for line in lines]
+    assert all(0 <= value <= 1 for value in values) and values[:3] != values[3:]
+    assert values[0] == pytest.approx((values[1] + values[2]) / 2, abs=1e-4)
+    for words, message in (((), 'usage: sh scripts/score_raw_images.sh TIFFS'), (('nowhere',), 'nowhere')):
+        refused = run(*words)
+        assert refused.returncode == 2 and message in refused.stderr and 'Traceback' not in refused.stderr

@@ -1,0 +1,192 @@
+"""What the post-processing leaves on the table: scores of its variants on the probability maps that test.py stored.
+
+    python scripts/study_post_processing.py RESULTS --label-dir LABELS [--set val_full] [--out STUDY]
+
+RESULTS: save_dir of test.py with probability maps of images at the network's scale. LABELS: their instance labels.
+Writes STUDY.txt and STUDY.json (by default RESULTS/{set}_post_processing). The first row is the published way: class 1
+where it is the most likely one, components under min_area removed, each dilated by radius. Then one change at a time,
+and what a greedy search over all of them finds; it chooses by the mean published AJI of the same images that it is
+reported on, so that its gain is an upper bound. Columns: published AJI, MoNuSeg's aji, pq, dice, means over images.
+
+The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from skimage import morphology
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import find_labels, read_instance_label  # noqa: E402
+from options import Options  # noqa: E402
+from utils import (InputError, dilate, grow_objects, overlap_table, post_process, run_script,  # noqa: E402
+                   split_objects, standard_metrics_of, write_text)
+
+# What may change, and the values that are tried; 0 is off, except for min_area and radius.
+CHOICES = {
+    'min_area': (0, 10, 20, 40, 80),             # pixels
+    'radius': (0, 1, 2, 3),                      # pixels
+    'inside_threshold': (0, 0.3, 0.4, 0.5, 0.6, 0.7),        # probability, instead of the most likely class
+    'fill_holes': (0, 20, 50, 100, 1000),        # pixels: largest hole that is filled
+    'watershed': (0, 0.6, 0.7, 0.8, 0.9, 0.95),  # probability: regions above it are seeds that split an object
+    'h_maxima': (0, 0.05, 0.1, 0.2, 0.3),        # probability: maxima that stand out by this are seeds instead
+    'grow': (0, 0.3, 0.4, 0.5, 0.6),             # instead of by radius, to where inside + contour are above it
+}
+EIGHT = np.ones((3, 3))                          # 8-connected
+METRICS = ('published_AJI', 'aji', 'pq', 'dice')
+
+
+class Maps:
+    """Probability maps of an image, uint8 (H, W), 255 = 1."""
+
+    def __init__(self, inside, contour):
+        self.inside, self.contour = inside, contour
+        self.smooth = ndimage.gaussian_filter(inside, 1)
+        self.seeds = {}
+
+    def h_maxima(self, h):
+        """int (H, W): ids of the regional maxima of the smoothed inside probability that stand out by h. Slow."""
+        if h not in self.seeds:
+            # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
+            top = self.smooth.astype(int)
+            cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=EIGHT)
+            self.seeds[h] = ndimage.label(morphology.local_maxima(cut, EIGHT), EIGHT)[0]
+        return self.seeds[h]
+
+
+def segment_maps(maps, choice):
+    """Instance label, int32 (H, W), of Maps by a dict of CHOICES."""
+    inside, contour = maps.inside, maps.contour
+    if choice['inside_threshold']:
+        mask = inside >= choice['inside_threshold'] * 255
+    else:                                               # above background, 255 - inside - contour, not below contour
+        mask = (2 * inside.astype(int) + contour > 255) & (inside >= contour)
+    options = {name: choice[name] for name in ('min_area', 'radius', 'fill_holes', 'watershed', 'grow')}
+    if not choice['h_maxima']:
+        return post_process(mask, **options, maps=(inside, contour))
+    label = post_process(mask, **options | {'radius': 0, 'grow': 0}, maps=(inside, contour))
+    tops, seeds = maps.h_maxima(choice['h_maxima']), np.zeros_like(label)
+    both = (tops > 0) & (label > 0)                     # a top that reaches into several objects is a seed in each
+    seeds[both] = 1 + np.unique(np.stack([tops[both], label[both]]), axis=1, return_inverse=True)[1].ravel()
+    label = split_objects(label, maps.smooth, seeds)
+    if choice['grow']:
+        return grow_objects(label, inside, contour, choice['grow'])
+    return dilate(label, choice['radius'])
+
+
+def score(label, truth):
+    """Values of METRICS."""
+    scores = standard_metrics_of(overlap_table(label, truth))
+    return [scores['aji_fullnet'], *(scores[name] for name in METRICS[1:])]
+
+
+class Study:
+    """Scores of variants on images. images: {name: (Maps, truth)}. Nothing is computed twice."""
+
+    def __init__(self, images):
+        self.images, self.known = images, {}
+        self.progress = tqdm(desc='variants', disable=None)
+
+    def __call__(self, choice):
+        """float (images, METRICS)."""
+        key = tuple(choice.values())
+        if key not in self.known:
+            self.known[key] = np.array([score(segment_maps(maps, choice), truth)
+                                        for maps, truth in self.images.values()])
+            self.progress.update()
+        return self.known[key]
+
+    def greedy(self, start):
+        """Change one choice at a time, that which gains most in mean published AJI, until none gains."""
+        best = start
+        while True:
+            steps = [{**best, name: value} for name, values in CHOICES.items() for value in values]
+            step = max(steps, key=lambda choice: self(choice)[:, 0].mean())
+            if not self(step)[:, 0].mean() > self(best)[:, 0].mean():
+                return best
+            best = step
+
+
+def read_maps(results, set_name, label_dir):
+    """{name: (Maps, truth)} of all images of a set."""
+    folder = results / f'{set_name}_prob_maps'
+    insides = sorted(folder.glob('*_prob_inside.png'))
+    if not insides:
+        raise InputError(f'no *_prob_inside.png in {folder}; run test.py first, with --save-flag True')
+    names = [path.name.removesuffix('_prob_inside.png') for path in insides]
+    images = {}
+    for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
+        inside, contour = (np.array(Image.open(folder / f'{name}_prob_{kind}.png')) for kind in ('inside', 'contour'))
+        images[name] = Maps(inside, contour), read_instance_label(label, inside.shape)
+    return images
+
+
+def find_set(results):
+    """The name of the only set in RESULTS."""
+    names = [path.name.removesuffix('_prob_maps') for path in sorted(results.glob('*_prob_maps'))]
+    if len(names) != 1:
+        raise InputError(f'{results} holds probability maps of {len(names)} sets ({", ".join(names)}); choose one '
+                         f'with --set' if names else f'no probability maps in {results}; run test.py first')
+    return names[0]
+
+
+def name_of(choice, published):
+    """What differs from the published choice, as words."""
+    return ' '.join(f'{key} {value:g}' for key, value in choice.items() if value != published[key])
+
+
+def table_text(rows, images):
+    """rows: [(name, scores (images, METRICS))], the first one the published."""
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [f'{"":{width}}' + f'{"mean over images":^{9 * len(METRICS) + 8}}  published AJI of each image',
+             f'{"":{width}}' + f'{METRICS[0]:>13}{"gain":>9}' + ''.join(f'{name:>9}' for name in METRICS[1:])
+             + '  ' + ' '.join(name[:16] for name in images)]
+    base = rows[0][1][:, 0].mean()
+    for name, scores in rows:
+        mean = scores.mean(axis=0)
+        lines.append(f'{name:{width}}{mean[0]:13.4f}{mean[0] - base:+9.4f}' + ''.join(f'{v:9.4f}' for v in mean[1:])
+                     + '  ' + ' '.join(f'{v:{min(16, len(image))}.4f}' for v, image in zip(scores[:, 0], images)))
+    return '\n'.join(lines) + '\n'
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Scores of variants of the post-processing.')
+    parser.add_argument('results', metavar='RESULTS', type=Path, help='save_dir of test.py')
+    parser.add_argument('--label-dir', required=True, help='instance labels of the images')
+    parser.add_argument('--set', help='name of the set [the only one in RESULTS]')
+    parser.add_argument('--dataset', default='MultiOrgan', choices=('MultiOrgan', 'GlaS'),
+                        help='whose published min_area and radius come first')
+    parser.add_argument('--out', type=Path, help='path without extension [RESULTS/{set}_post_processing]')
+    args = parser.parse_args(argv)
+    set_name = args.set or find_set(args.results)
+    out = args.out or args.results / f'{set_name}_post_processing'
+    post = Options(isTrain=False).parse(['--dataset', args.dataset]).post
+    published = {name: post.get(name, 0) for name in CHOICES}
+    study = Study(read_maps(args.results, set_name, args.label_dir))
+
+    rows = [('published: ' + ' '.join(f'{name} {post[name]}' for name in ('min_area', 'radius')), published)]
+    for name, values in CHOICES.items():
+        rows += [(name_of(choice, published), choice) for choice in ({**published, name: value} for value in values)
+                 if choice != published]
+    best = study.greedy(published)
+    rows.append((f'greedy search: {name_of(best, published) or "as published"}', best))
+    text = table_text([(name, study(choice)) for name, choice in rows], study.images)
+    write_text(out.with_name(out.name + '.txt'), text)
+    write_text(out.with_name(out.name + '.json'), json.dumps({
+        'set': set_name, 'chosen_by': METRICS[0], 'variants': [{
+            'name': name, 'published': choice == published, 'choice': choice,
+            'mean': dict(zip(METRICS, study(choice).mean(axis=0).tolist())),
+            'images': {image: dict(zip(METRICS, values)) for image, values in zip(study.images,
+                                                                                   study(choice).tolist())}}
+            for name, choice in rows]}, indent=1) + '\n')
+    print(text, end='')
+    print(f'{len(study.images)} images, {len(study.known)} variants; tables in {out}.txt, {out}.json')
+
+
+if __name__ == '__main__':
+    run_script(main)

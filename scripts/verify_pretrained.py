@@ -1,0 +1,195 @@
+"""Check the weights that come with the code: the file, what it finds in two images, and its scores.
+
+    python scripts/verify_pretrained.py [DATA_DIR] [--tta none] [--weights pretrained/FullNet_MultiOrgan.pth.tar]
+    python scripts/verify_pretrained.py --write
+
+Beside the weights lie README.md, a model card with their SHA-256, and expected.json, with the number of objects and the
+mean probabilities in the two images: the immunohistochemistry picture of scikit-image (512 x 512, part of the package,
+nothing is downloaded) and a synthetic one. Numbers of objects may differ by 5 %, mean probabilities by 0.01. With
+DATA_DIR, a folder prepared by prepare_data.py, the scores on its val images are computed anew; the mean AJI may differ
+by 0.005 from that in the weights. --tta chooses which of the scores in the weights; full takes 8 times as long as none.
+A line for each check; exit code 0: all pass, 1: some fail, 2: they cannot be made.
+
+--write: for whoever made new weights; writes expected.json, and the facts that the weights carry into README.md.
+"""
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from skimage.data import immunohistochemistry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import test as test_script  # noqa: E402
+from scripts.make_demo_data import make_image  # noqa: E402
+from utils import InputError, load_checkpoint, run_script, sha256_of, write_text  # noqa: E402
+
+OBJECTS, PROBABILITY, AJI = 0.05, 0.01, 0.005                            # allowed differences; the first is relative
+BEGIN, END = ('<!-- written by scripts/verify_pretrained.py --write: do not edit from here -->', '<!-- to here -->')
+COLUMNS = {'published_AJI': 'AJI', 'published_Dice': 'Dice', 'published_F1': 'F1', 'aji': 'aji', 'aji_plus': 'aji_plus',
+           'pq': 'pq', 'f1': 'f1 (IoU > 0.5)', 'dice': 'dice (pixels)'}
+SETTINGS = ('input_size', 'batch_size', 'lr', 'lr_schedule', 'warmup_epochs', 'ema_decay', 'clip_grad', 'amp')
+
+
+def test_images():
+    """{name: image, uint8 (H, W, 3)}: real tissue and a synthetic one."""
+    return {'immunohistochemistry': immunohistochemistry(),
+            'demo': make_image(np.random.default_rng([0, 2, 0]), 256)[0]}
+
+
+def measure(weights):
+    """{image: {objects, mean_inside, mean_contour}} of `test_images`: what the weights find there, without TTA."""
+    found = {}
+    for name, image in test_images().items():
+        label, probabilities = test_script.segment(image, weights, '--tta', 'none')
+        found[name] = {'objects': int((np.bincount(label.ravel())[1:] > 0).sum()),
+                       'mean_inside': round(float(probabilities[..., 1].mean()), 5),
+                       'mean_contour': round(float(probabilities[..., 2].mean()), 5)}
+    return found
+
+
+def val_scores(weights, data_dir, stored):
+    """Means of test.py's scores on the val images of a prepared folder, with the options of the stored scores."""
+    options = {**stored['test'], **stored['post']}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        test_script.main(['--model-path', str(weights), '--img-dir', str(data_dir / 'images' / stored['set']),
+                          '--label-dir', str(data_dir / 'labels_instance' / stored['set']), '--save-dir', folder,
+                          '--save-flag', 'False',
+                          *(word for name, value in options.items()
+                            for word in (f'--{name.replace("_", "-")}', str(value)))])
+        return json.loads((Path(folder) / f'{stored["set"]}_metrics.json').read_text(encoding='utf-8'))['mean']
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------
+
+class Checks:
+    """Prints a line for each check, and counts those that fail."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def __call__(self, passed, text):
+        self.failed += not passed
+        print(f'{"pass" if passed else "FAIL"}  {text}', flush=True)
+
+
+def check_hash(check, weights, card):
+    known = re.search(r'SHA-256\W+([0-9a-f]{64})', card.read_text(encoding='utf-8')) if card.is_file() else None
+    if known is None:
+        raise InputError(f'no SHA-256 in {card}; take the file that belongs to {weights}, or make it anew with '
+                         f'python scripts/verify_pretrained.py --write')
+    found = sha256_of(weights)
+    check(found == known[1], f'SHA-256 of {weights}: {found}'
+          + ('' if found == known[1] else f', expected {known[1]}; copy the file again'))
+
+
+def check_images(check, weights, expected_path):
+    if not expected_path.is_file():
+        raise InputError(f'no {expected_path}; take the file that belongs to {weights}')
+    expected = json.loads(expected_path.read_text(encoding='utf-8'))
+    for name, values in measure(weights).items():
+        for quantity, value in values.items():
+            known = expected.get(name, {}).get(quantity)
+            if known is None:
+                raise InputError(f'{expected_path} does not say what is expected of {name}; take the file that '
+                                 f'belongs to {weights}')
+            allowed = OBJECTS * known if quantity == 'objects' else PROBABILITY
+            check(abs(value - known) <= allowed, f'{name}: {quantity.replace("_", " ")} {value:g}, expected {known:g} '
+                                                 f'+- {allowed:.3g}')
+
+
+def check_scores(check, weights, data_dir, tta):
+    stored = [scores for scores in load_checkpoint(weights).get('scores', []) if scores['test']['tta'] == tta]
+    if not stored:
+        raise InputError(f'{weights} carries no scores with --tta {tta}; choose another --tta')
+    for scores in stored:
+        found, known = (means['published_AJI'] for means in (val_scores(weights, data_dir, scores), scores['mean']))
+        check(abs(found - known) <= AJI, f'{scores["set"]} of {data_dir}, TTA {tta}: AJI {found:.4f}, expected '
+                                         f'{known:.4f} +- {AJI}')
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model card
+# ---------------------------------------------------------------------------------------------------
+
+def card_section(weights, found):
+    """The part of the model card that is made of the weights' own contents, as Markdown. found: of `measure`."""
+    shipped = load_checkpoint(weights)
+    if 'stages' not in shipped:
+        raise InputError(f'{weights} does not say how it was made; make it with scripts/export_pretrained.py')
+    parameters = sum(value.numel() for key, value in shipped['state_dict'].items()
+                     if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
+    lines = [BEGIN, '', '| | |', '|---|---|',
+             f'| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB |',
+             f'| SHA-256 | `{sha256_of(weights)}` |',
+             f'| network | {shipped["options"]["model"]["name"]}, {parameters:,} parameters, float32 |',
+             f'| training | {shipped["hours"]:.1f} hours, {shipped["steps"]:,} steps |',
+             f'| IoU of class 1 on the val patches | {shipped["best_iou"]:.4f} |',
+             f'| code | commit {shipped["commit"]} |',
+             f'| packages | {", ".join(f"{name} {version}" for name, version in shipped["packages"].items())} |',
+             f'| data (SHA-256 of the hashes of all its files) | `{shipped["data_sha256"]}` |', '',
+             '| stage | epochs | steps | hours | ' + ' | '.join(SETTINGS) + ' |', '|---' * (4 + len(SETTINGS)) + '|']
+    for number, stage in enumerate(shipped['stages'], start=1):
+        lines.append(f'| {number} | {stage["epochs"]} | {stage["steps"]:,} | {stage["hours"]:.1f} | '
+                     + ' | '.join(f'{stage["train"][name]}' for name in SETTINGS) + ' |')
+    for scores in shipped['scores']:
+        post = ', '.join(f'{name} {value}' for name, value in scores['post'].items())
+        lines += ['', f'Scores on `{scores["set"]}`, by which the weights were chosen; TTA {scores["test"]["tta"]}; '
+                      f'{post}:', '', f'| image | {" | ".join(COLUMNS.values())} |', '|---' * (1 + len(COLUMNS)) + '|']
+        for name, row in {**scores['images'], 'mean': scores['mean']}.items():
+            lines.append(f'| {name} | ' + ' | '.join('' if row[key] is None else f'{row[key]:.4f}' for key in COLUMNS)
+                         + ' |')
+    lines += ['', 'Found without TTA in the images of `verify_pretrained.sh`:', '',
+              '| image | objects | mean inside probability | mean contour probability |', '|---|---|---|---|']
+    lines += [f'| {name} | {values["objects"]} | {values["mean_inside"]:.4f} | {values["mean_contour"]:.4f} |'
+              for name, values in found.items()]
+    return '\n'.join([*lines, '', END])
+
+
+def with_section(card, section):
+    """The text of a card with its section replaced, or, if it has none, at the end."""
+    if BEGIN not in card or END not in card:
+        return f'{card.rstrip()}\n\n{section}\n'.lstrip()
+    return card[:card.index(BEGIN)] + section + card[card.index(END) + len(END):]
+
+
+def write_expected(weights, card, expected):
+    found = measure(weights)
+    section = card_section(weights, found)
+    write_text(expected, json.dumps(found, indent=1) + '\n')
+    write_text(card, with_section(card.read_text(encoding='utf-8') if card.is_file() else '', section))
+    print(f'wrote {expected} and the facts in {card}')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data_dir', type=Path, nargs='?', help='prepared data, to compute the val scores anew')
+    parser.add_argument('--tta', default='none', choices=('none', 'flips', 'full'), help='which of the stored scores')
+    parser.add_argument('--weights', type=Path, default=test_script.PRETRAINED)
+    parser.add_argument('--write', action='store_true', help='write expected.json and README.md beside the weights')
+    args = parser.parse_args(argv)
+    card, expected = args.weights.with_name('README.md'), args.weights.with_name('expected.json')
+    load_checkpoint(args.weights)                                        # there, and not damaged
+    if args.write:
+        return write_expected(args.weights, card, expected)
+    check = Checks()
+    check_hash(check, args.weights, card)
+    check_images(check, args.weights, expected)
+    if args.data_dir:
+        check_scores(check, args.weights, args.data_dir, args.tta)
+    if check.failed:
+        print(f'{check.failed} checks failed')
+        sys.exit(1)
+    print('all checks pass' if args.data_dir else 'all checks pass; with a prepared data folder the scores are checked '
+                                                  'too: sh scripts/verify_pretrained.sh DATA_DIR')
+
+
+if __name__ == '__main__':
+    run_script(main)

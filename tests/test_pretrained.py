@@ -1,0 +1,289 @@
+"""Weights that come with the code: how they are exported, described and verified; the shipped file, if it is there."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from miniature import SMALL, make_multi_organ, nuclei
+from PIL import Image
+
+import export_pretrained
+import test as test_script
+import train
+import verify_pretrained
+from utils import InputError, build_model, load_checkpoint, save_image, save_instances, sha256_of
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ['--n-layers', '4', '--growth-rate', '2', '--dilations', '1']
+
+
+def add_val_full(data):
+    """Whole val images for a prepared folder."""
+    for i in range(2):
+        image, label = nuclei([9, i], 72, 80)
+        save_image(data / f'images/val_full/v{i}.png', image)
+        save_instances(data / f'labels_instance/val_full/v{i}.png', label)
+    return data
+
+
+def score(folder, weights, tta='none'):
+    test_script.main(['--model-path', str(weights), '--img-dir', str(folder / 'data/images/val_full'), '--label-dir',
+                      str(folder / 'data/labels_instance/val_full'), '--tta', tta, '--min-area', '1', '--gpu', 'cpu',
+                      '--save-dir', str(folder / f'scores_{tta}')])
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """Two stages of a miniature training, scores, the file of weights, its card and what is expected of it."""
+    folder = tmp_path_factory.mktemp('made')
+    data = add_val_full(make_multi_organ(folder / 'data', n_train=2))
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(folder / 'stage1')])
+    best = folder / 'stage1/checkpoints/checkpoint_best.pth.tar'
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(folder / 'stage2'), '--init-from', str(best),
+                '--lr', '0.0003', '--epochs', '2', '--ema-decay', '0.5'])
+    score(folder, folder / 'stage2/checkpoints/checkpoint_best.pth.tar')
+    (folder / 'shipped').mkdir()
+    (folder / 'shipped/README.md').write_text('# Weights\n\nKnown facts.\n')
+    export_pretrained.main(['--run', str(folder / 'stage2'), '--data-dir', str(data), '--scores',
+                            str(folder / 'scores_none'), '--out', str(folder / 'shipped/weights.pth.tar')])
+    verify_pretrained.main(['--weights', str(folder / 'shipped/weights.pth.tar'), '--write'])
+    return folder
+
+
+@pytest.fixture
+def shipped(made, tmp_path):
+    """A copy of what ships, to be damaged. Testing the images once is enough: they are remembered."""
+    shutil.copytree(made / 'shipped', tmp_path / 'shipped')
+    return tmp_path / 'shipped/weights.pth.tar'
+
+
+@pytest.fixture
+def measured(made, monkeypatch):
+    """What the weights find in the two images, without computing it again; may be changed."""
+    found = json.loads((made / 'shipped/expected.json').read_text())
+    monkeypatch.setattr(verify_pretrained, 'measure', lambda weights: found)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------
+
+def test_the_recipe_of_every_stage_is_carried_along_and_no_path(made):
+    weights = load_checkpoint(made / 'shipped/weights.pth.tar')
+    first, second = weights['stages']
+    assert (first['train']['lr'], second['train']['lr']) == (1e-3, 3e-4)
+    assert (first['steps'], first['epochs']) == (1, 1) and second['steps'] == second['epochs'] in (1, 2)
+    runs = [load_checkpoint(made / f'{stage}/checkpoints/checkpoint.pth.tar') for stage in ('stage1', 'stage2')]
+    assert weights['hours'] == sum(run['minutes'] for run in runs) / 60
+    assert weights['steps'] == first['steps'] + second['steps']
+    assert str(made) not in repr({**weights, 'state_dict': {}})
+
+
+def test_weights_that_were_trained_from_an_exported_file_keep_its_stages(made, tmp_path):
+    train.main([*SMALL, '--data-dir', str(made / 'data'), '--save-dir', str(tmp_path / 'run'), '--init-from',
+                str(made / 'shipped/weights.pth.tar'), '--lr', '0.0001'])
+    stages = export_pretrained.stages_of(tmp_path / 'run/checkpoints/checkpoint_best.pth.tar')
+    assert [stage['train']['lr'] for stage in stages] == [1e-3, 3e-4, 1e-4]
+    before = load_checkpoint(made / 'shipped/weights.pth.tar')
+    assert stages[:2] == before['stages']
+    older = {key: value for key, value in before.items() if key != 'stages'}             # without stages: one
+    torch.save(older, tmp_path / 'older.pth.tar')
+    assert [stage['hours'] for stage in export_pretrained.stages_of(tmp_path / 'older.pth.tar')] == [before['hours']]
+
+
+def test_scores_of_other_weights_are_refused(made, tmp_path):
+    arguments = ['--data-dir', str(made / 'data'), '--out', str(tmp_path / 'w.pth.tar')]
+    with pytest.raises(InputError, match='the scores in .*scores_none are of other weights, .*stage2.*; run test.py'):
+        export_pretrained.main(['--run', str(made / 'stage1'), *arguments, '--scores', str(made / 'scores_none')])
+    with pytest.raises(InputError, match=r'stage1 has 0 \*_metrics.json files; expected one, and test_options.json'):
+        export_pretrained.main(['--run', str(made / 'stage2'), *arguments, '--scores', str(made / 'stage1')])
+    assert not (tmp_path / 'w.pth.tar').exists()
+
+
+def test_a_stage_that_is_gone_is_named(made, tmp_path):
+    shutil.copytree(made / 'stage2', tmp_path / 'run')
+    path = tmp_path / 'run/checkpoints/checkpoint_best.pth.tar'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['options']['train']['init_from'] = 'gone.pth.tar'
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match='no checkpoint at gone.pth.tar'):
+        export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(made / 'data')])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Verification
+# ---------------------------------------------------------------------------------------------------
+
+def test_all_checks_pass_where_nothing_changed(made, shipped, capsys):
+    verify_pretrained.main(['--weights', str(shipped), str(made / 'data')])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and all(line.startswith('pass  ') for line in lines[:8]) and lines[8] == 'all checks pass'
+    aji = load_checkpoint(shipped)['scores'][0]['mean']['published_AJI']
+    assert f'val_full of {made / "data"}, TTA none: AJI {aji:.4f}, expected {aji:.4f}' in lines[7]
+    assert f'SHA-256 of {shipped}: {sha256_of(shipped)}' in lines[0]
+
+
+def test_the_images_are_there_without_a_network():
+    images = verify_pretrained.test_images()
+    assert {name: (image.shape, image.dtype) for name, image in images.items()} == {
+        'immunohistochemistry': ((512, 512, 3), np.uint8), 'demo': ((256, 256, 3), np.uint8)}
+    assert all(image.std() > 20 for image in images.values())
+
+
+@pytest.mark.parametrize('quantity, inside, outside', [
+    ('objects', 1.05, 1.06), ('objects', 0.95, 0.94), ('mean_inside', 0.0099, 0.0101),
+    ('mean_contour', -0.0099, -0.0101)])
+def test_tolerances(shipped, measured, capsys, quantity, inside, outside):
+    expected = {name: {'objects': 100, 'mean_inside': 0.3, 'mean_contour': 0.2} for name in measured}
+    (shipped.parent / 'expected.json').write_text(json.dumps(expected))
+    for change, passes in ((inside, True), (outside, False)):
+        for values in measured.values():
+            values |= expected['demo']
+        measured['demo'][quantity] = (round(100 * change) if quantity == 'objects'
+                                      else expected['demo'][quantity] + change)
+        if passes:
+            verify_pretrained.main(['--weights', str(shipped)])
+            assert 'all checks pass; with a prepared data folder' in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                verify_pretrained.main(['--weights', str(shipped)])
+            text = capsys.readouterr().out
+            assert stopped.value.code == 1 and text.endswith('1 checks failed\n')
+            assert re.search(f'^FAIL  demo: {quantity.replace("_", " ")}', text, re.MULTILINE)
+
+
+def test_other_scores_fail(made, shipped, measured, capsys):
+    weights = torch.load(shipped, weights_only=True)
+    weights['scores'][0]['mean']['published_AJI'] += 0.006
+    torch.save(weights, shipped)
+    with pytest.raises(SystemExit) as stopped:
+        verify_pretrained.main(['--weights', str(shipped), str(made / 'data')])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 1 and '2 checks failed' in text             # the file is another one, too
+    assert re.search('^FAIL  SHA-256 of .*; copy the file again$', text, re.MULTILINE)
+    assert re.search('^FAIL  val_full', text, re.MULTILINE)
+
+
+def test_what_cannot_be_checked(made, shipped, measured):
+    with pytest.raises(InputError, match='carries no scores with --tta full; choose another --tta'):
+        verify_pretrained.main(['--weights', str(shipped), '--tta', 'full', str(made / 'data')])
+    with pytest.raises(InputError, match='no such folder: .*nowhere/images/val_full'):
+        verify_pretrained.main(['--weights', str(shipped), 'nowhere'])
+    (shipped.parent / 'expected.json').write_text('{"demo": {}}')
+    with pytest.raises(InputError, match='expected.json does not say what is expected of immunohisto.*; take the file'):
+        verify_pretrained.main(['--weights', str(shipped)])
+    (shipped.parent / 'expected.json').unlink()
+    with pytest.raises(InputError, match='no .*expected.json; take the file that belongs to'):
+        verify_pretrained.main(['--weights', str(shipped)])
+    (shipped.parent / 'README.md').write_text('no hash')
+    with pytest.raises(InputError, match='no SHA-256 in .*README.md; take the file that belongs'):
+        verify_pretrained.main(['--weights', str(shipped)])
+    with pytest.raises(InputError, match='no checkpoint at nowhere.pth.tar'):
+        verify_pretrained.main(['--weights', 'nowhere.pth.tar'])
+    with pytest.raises(InputError, match='best.pth.tar does not say how it was made; make it with'):
+        verify_pretrained.main(['--weights', str(made / 'stage2/checkpoints/checkpoint_best.pth.tar'), '--write'])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Model card
+# ---------------------------------------------------------------------------------------------------
+
+def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shipped, measured):
+    card = shipped.parent / 'README.md'
+    text = card.read_text()
+    weights = load_checkpoint(shipped)
+    model = build_model(weights['options']['model'])
+    assert text.startswith('# Weights\n\nKnown facts.\n\n<!-- written by')
+    assert f'`{sha256_of(shipped)}`' in text and weights['commit'] in text and weights['data_sha256'] in text
+    assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in text
+    for name, row in {**weights['scores'][0]['images'], 'mean': weights['scores'][0]['mean']}.items():
+        assert re.search(rf'^\| {name} \| {row["published_AJI"]:.4f} \| .* {row["dice"]:.4f} \|$', text, re.MULTILINE)
+    assert f'| demo | {measured["demo"]["objects"]} |' in text
+    measured['demo']['objects'] += 1
+    verify_pretrained.main(['--weights', str(shipped), '--write'])                   # again: replaced, not added
+    again = card.read_text()
+    assert again == text.replace(f'| demo | {measured["demo"]["objects"] - 1} |',
+                                 f'| demo | {measured["demo"]["objects"]} |') != text
+    assert json.loads((shipped.parent / 'expected.json').read_text()) == measured
+
+
+# ---------------------------------------------------------------------------------------------------
+# The script that makes them, and the one that checks them
+# ---------------------------------------------------------------------------------------------------
+
+def run_sh(name, *words, **environment):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    return subprocess.run(['sh', str(ROOT / 'scripts' / name), *words], capture_output=True, text=True,
+                          env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', **environment})
+
+
+def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path, monkeypatch):
+    data = add_val_full(make_multi_organ(tmp_path / 'data', n_train=2, size=212))
+    run, out = tmp_path / 'a run', tmp_path / 'shipped/w.pth.tar'
+    settings = dict(DATA_DIR=str(data), SAVE_DIR=str(run), OUT=str(out), EPOCHS_1='1', EPOCHS_2='1', SCORES='none')
+    words = [*TINY, '--workers', '0', '--val-every', '1', '--gpu', 'cpu']
+    (run / 'stage1').mkdir(parents=True)
+    (run / 'stage1/train.log').write_text('killed before its first checkpoint')
+    done = run_sh('train_pretrained.sh', *words, **settings)
+    assert done.returncode == 0, done.stderr
+    weights = load_checkpoint(out)
+    assert [(stage['train']['input_size'], stage['train']['lr_schedule']) for stage in weights['stages']] == [
+        (144, 'none'), (208, 'cosine')]
+    assert weights['scores'][0]['set'] == 'val_full' and (out.parent / 'expected.json').is_file()
+    assert sha256_of(out) in (out.parent / 'README.md').read_text()
+
+    # started again: python only writes down what it is asked to do
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python').write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "" >> "{tmp_path}/calls"\n')
+    (tmp_path / 'bin/python').chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / 'bin/python'))
+    assert run_sh('train_pretrained.sh', *words, **settings).returncode == 0
+    calls = [call.split('\n') for call in (tmp_path / 'calls').read_text().strip('\n').split('\n\n')]
+    assert [call[0] for call in calls] == ['train.py', 'train.py', 'test.py', 'scripts/export_pretrained.py',
+                                           'scripts/verify_pretrained.py']
+    for stage, call in zip(('stage1', 'stage2'), calls):
+        latest = run / stage / 'checkpoints/checkpoint.pth.tar'
+        assert call[call.index('--checkpoint-path') + 1] == str(latest)
+        before = latest.read_bytes()
+        train.main(call[1:])                                            # no option contradicts the run
+        assert latest.read_bytes() == before
+
+
+@pytest.mark.skipif(not (ROOT / '.venv/bin/python').is_file(), reason='would install requirements.txt into .venv')
+def test_the_verification_script(shipped):
+    done = run_sh('verify_pretrained.sh', '--weights', str(shipped))
+    assert done.returncode == 0 and 'all checks pass' in done.stdout, done.stderr
+    (shipped.parent / 'README.md').write_text('SHA-256 ' + 64 * '0')
+    assert run_sh('verify_pretrained.sh', '--weights', str(shipped)).returncode == 1
+    assert run_sh('verify_pretrained.sh', '--weights', str(shipped.with_name('none'))).returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# The file that ships
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not test_script.PRETRAINED.is_file(), reason='no weights ship yet')
+def test_the_shipped_weights(tmp_path, monkeypatch, capsys):
+    path = test_script.PRETRAINED
+    assert path.stat().st_size < 8e6
+    weights = load_checkpoint(path)
+    assert weights['optimizer'] == {} and all(value.dtype == torch.float32 for value in weights['state_dict'].values()
+                                              if value.is_floating_point())
+    assert sum(p.numel() for p in build_model(weights['options']['model']).parameters()) == 1_780_233
+    assert {'mean_std', 'lab', 'data_sha256', 'commit', 'hours', 'stages', 'scores', 'packages'} <= weights.keys()
+    found = json.loads((path.parent / 'expected.json').read_text())
+    assert verify_pretrained.card_section(path, found) in (path.parent / 'README.md').read_text()       # and the hash
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'images').mkdir()
+    Image.fromarray(verify_pretrained.test_images()['demo'][:96, :96]).save('images/a.png')
+    test_script.main(['--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
+    assert 'taking the weights that come with the code' in capsys.readouterr().out
+    assert len(list(Path('experiments/MultiOrgan/pretrained').rglob('a_seg.tiff'))) == 1
