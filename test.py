@@ -22,8 +22,8 @@ from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level, build_model,
-                   choose_device, find_edges, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
-                   nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
+                   choose_device, find_edges, gland_scores_of, load_checkpoint, load_weights, match_objects,
+                   nuclei_scores_of, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
                    write_text)
 
@@ -255,9 +255,9 @@ class Scores(NamedTuple):
 def score(segmentation, label, dataset):
     """Scores of one image: pixel accuracy of the foreground and the published object-level metrics; all overlaps."""
     pixel_acc = accuracy_pixel_level(segmentation[None] > 0, label[None] > 0)[0]
-    object_level = nuclei_accuracy_object_level if dataset == 'MultiOrgan' else gland_accuracy_object_level
-    table = overlap_table(segmentation, label)._replace(pred_map=None, gt_map=None)
-    return Scores([float(pixel_acc), *map(float, object_level(segmentation, label))], table)
+    table = overlap_table(segmentation, label)
+    object_level = nuclei_scores_of(table) if dataset == 'MultiOrgan' else gland_scores_of(table)
+    return Scores([float(pixel_acc), *map(float, object_level)], table._replace(pred_map=None, gt_map=None))
 
 
 def results_table(results, columns):
