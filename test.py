@@ -238,7 +238,8 @@ def segment_bands(bands, image_shape, post):
         inside.append(np.round(band[..., 1] * 255).astype(np.uint8))
         contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
         del band                                                     # before the next one is made
-    label = post_process(np.concatenate(classes), post['min_area'], post['radius'], image_shape)
+    classes = np.concatenate(classes)
+    label = post_process(classes, post['min_area'], post['radius'], image_shape)
     return label, np.concatenate(inside), np.concatenate(contour)
 
 
@@ -304,7 +305,7 @@ class Results:
         return finished
 
     def save_images(self, name, image, segmentation, inside, contour, label):
-        """Probability maps, instances, table of objects, overlay and coloured picture. image is drawn on."""
+        """Probability maps, instances, table of objects, overlay and coloured picture. `image` is drawn over."""
         files = []
 
         def place(kind, ending):
@@ -316,7 +317,7 @@ class Results:
         matches = None if label is None else match_objects(segmentation, label)
         write_text(place('segmentation', '_objects.csv'), objects_csv(segmentation, inside, matches))
         save_image(place('segmentation', '_overlay.png'), draw_overlay(image, segmentation, label, matches))
-        save_image(place('segmentation', '_seg_colored.png'), colour_instances(segmentation))
+        save_image(place('segmentation', '_seg_colored.png'), colour_instances(segmentation, image))
         self.records[name]['files'] = [file.relative_to(self.folder).as_posix() for file in files]
 
     def finish(self, name, scores):
@@ -385,7 +386,9 @@ def objects_csv(segmentation, inside, matches=None):
     rows = [[*OBJECT_COLUMNS, *(('matched_id', 'matched_iou') if matches is not None else ())]]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # objects too small to have a convex hull
-        for region in tqdm(regionprops(segmentation, inside), desc='objects', disable=None, leave=False, delay=5):
+        regions = regionprops(segmentation, inside)[::-1]
+        for _ in tqdm(range(len(regions)), desc='objects', disable=None, leave=False, delay=5):
+            region = regions.pop()                                     # which remembers all that was asked of it
             row = [region.label, *(f'{x:.2f}' for x in region.centroid), *region.bbox, int(region.area),
                    f'{region.perimeter:.2f}', f'{region.eccentricity:.4f}', f'{region.solidity:.4f}',
                    f'{region.intensity_mean / 255:.4f}']
@@ -431,8 +434,10 @@ def draw_contours(image, label, colours, rows=2048):
         image[top:top + rows][border] = colours if np.ndim(colours) == 1 else colours[ids[border]]
 
 
-def colour_instances(label, rows=2048):
+def colour_instances(label, picture=None, rows=2048):
     """RGB picture, uint8 (H, W, 3), of an instance label, int (H, W): black background, touching objects differ.
+
+    It is written over `picture`, if that is given: a large image then needs no memory for another one.
 
     Each object in order of its id gets the first colour, from one that depends on its id on, that no touching object
     of lower id has.
@@ -450,7 +455,8 @@ def colour_instances(label, rows=2048):
                             number[high]) % N_COLOURS
     palette = (colours * 255).astype(np.uint8)[number]
     palette[0] = 0
-    picture = np.empty((*label.shape, 3), np.uint8)
+    if picture is None:
+        picture = np.empty((*label.shape, 3), np.uint8)
     for top in range(0, len(label), rows):                               # in pieces, for large images
         picture[top:top + rows] = palette[label[top:top + rows]]
     return picture

@@ -156,10 +156,13 @@ def save_image(path, array):
         Image.fromarray(np.ascontiguousarray(array)).save(temporary)
 
 
+BIG = 2 ** 32 - 2 ** 25                            # bytes of pixels: a plain TIFF ends at 4 GB
+
+
 def save_instances(path, label):
     """Save an instance label (H, W) as TIFF (deflate) or PNG, by the extension of `path`; uint16, above 65,535 uint32.
 
-    Raises ValueError if a PNG is asked to hold ids above 65,535.
+    A TIFF of 4 GB of pixels is a BigTIFF. Raises ValueError if a PNG is asked to hold ids above 65,535.
     """
     path = Path(path)
     dtype = np.uint16 if label.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
@@ -169,7 +172,8 @@ def save_instances(path, label):
         save_image(path, label.astype(dtype))
         return
     with atomic_path(path) as temporary:
-        tifffile.imwrite(temporary, label.astype(dtype), compression='zlib', photometric='minisblack')
+        pixels = label.astype(dtype)                             # tifffile takes BigTIFF only for uncompressed data
+        tifffile.imwrite(temporary, pixels, compression='zlib', photometric='minisblack', bigtiff=pixels.nbytes > BIG)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -540,13 +544,14 @@ def post_process(inside, min_area, radius, original_size=None):
 
 
 def dilate(label, radius, rows=2048):
-    """Grey dilation of an int (H, W) label with a disk: where two objects meet, the higher id wins."""
-    result = np.empty_like(label)
+    """Grey dilation of an int (H, W) label with a disk, in place: where two objects meet, the higher id wins."""
+    before = label[:0]                                               # the last rows above, as they were
     for top in range(0, len(label), rows):
-        above = min(radius, top)
-        piece = label[top - above:top + rows + radius]
-        result[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[above:above + rows]
-    return result
+        piece = np.concatenate([before, label[top:top + rows + radius]])
+        first, end = len(before), len(before) + rows
+        label[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[first:end]
+        before = piece[max(end - radius, 0):end]
+    return label
 
 
 def _in_pieces(array, rows=2048):
@@ -891,8 +896,8 @@ def find_edges(label_map):
 class ObjectShapes:
     """The pixels of the objects 1..n of a label map, int (H, W), for Hausdorff distances.
 
-    flat_map: (H * W,) the map. pixels, edges: all pixels of the objects, and those with a 4-neighbour outside the object
-    or the image: sparse bool (n + 1, H * W), whose row i is object i. on_edge: (H * W,) whether a pixel is one of these.
+    flat_map: (H * W,) the map. on_edge: bool (H * W,), pixels with a 4-neighbour outside the object or the image.
+    pixels, edges: sparse bool (n + 1, H * W), row i holds all pixels of object i, and those on its edge.
     area: (n,) pixels. boxes: (n, 4) top, left, bottom, right of the bounding boxes, inclusive.
     """
 

@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial.distance import directed_hausdorff
 
 import utils
-from utils import (AverageMeter, InputError, accuracy_pixel_level, gland_accuracy_object_level,
-                   match_objects, nuclei_accuracy_object_level, overlap_table, pool, standard_metrics,
+from utils import (AverageMeter, InputError, accuracy_pixel_level, gland_accuracy_object_level, gland_scores_of,
+                   match_objects, nuclei_accuracy_object_level, nuclei_scores_of, overlap_table, pool, standard_metrics,
                    standard_metrics_of)
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -255,6 +255,21 @@ def test_blobs_like_the_slow_version(seed):
     equal(gland_accuracy_object_level(pred, gt), slow_gland(pred, gt))
     scores, expected = standard_metrics(pred, gt), slow_standard(pred, gt)
     equal([scores[key] for key in expected], list(expected.values()))
+
+
+def test_hausdorff_distances_in_pieces_are_those_of_all_at_once(monkeypatch):
+    pred, gt = blob_pair(2)
+    expected = nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)
+    monkeypatch.setattr(utils, 'PIXELS_AT_ONCE', 50)
+    assert (nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)) == expected
+
+
+def test_one_table_serves_all_metrics():
+    pred, gt = blob_pair(4)
+    table = overlap_table(pred, gt)
+    assert nuclei_scores_of(table) == nuclei_accuracy_object_level(pred, gt)
+    assert gland_scores_of(table) == gland_accuracy_object_level(pred, gt)
+    assert standard_metrics_of(table) == standard_metrics(pred, gt)
 
 
 @pytest.mark.parametrize('seed', range(4))
