@@ -300,6 +300,22 @@ def test_two_shifted_squares():
     assert scores['pq'] == scores['dq'] == scores['sq'] == scores['f1'] == scores['ap50'] == scores['map'] == 0
 
 
+@pytest.mark.parametrize('shift, matches', [(105, True), (108, False)])
+def test_two_shifted_discs_below_and_above_the_threshold(shift, matches):
+    # radius 200: their common lens is 2 r^2 acos(d / 2r) - d / 2 sqrt(4 r^2 - d^2), IoU 0.5 at d = 106.4
+    y, x = np.ogrid[:410, :520]
+    gt, pred = ((y - 205) ** 2 + (x - 205 - d) ** 2 <= 200 ** 2 for d in (0, shift))
+    lens = 2 * 200 ** 2 * np.arccos(shift / 400) - shift / 2 * np.sqrt(400 ** 2 - shift ** 2)
+    overlap = lens / (2 * np.pi * 200 ** 2 - lens)
+    assert (overlap > 0.5) == matches
+    nuclei, scores = nuclei_accuracy_object_level(pred, gt), standard_metrics(pred, gt)
+    equal([nuclei.iou, nuclei.AJI, scores['aji']], overlap, 1e-3)
+    equal([nuclei.dice, scores['dice']], 2 * overlap / (1 + overlap), 1e-3)
+    assert nuclei.hausdorff == shift
+    equal([scores['pq'], scores['dq'], scores['sq'], scores['ap50']], [overlap * matches, matches, overlap * matches,
+                                                                      matches], 1e-3)
+
+
 def test_perfect_prediction():
     gt = blobs(3)
     equal(nuclei_accuracy_object_level(gt, gt), [1, 1, 1, 1, 1, 0, 1])
