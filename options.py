@@ -115,8 +115,8 @@ TRAIN = dict(
     weight_decay=Option(1e-4, float, "Adam's L2 decay", at_least=0),
     log_interval=Option(50, int, 'steps between two lines of the log', at_least=1),
     workers=Option(2, int, 'processes that load data; 0 loads in the training process', at_least=0),
-    gpu=Option('auto', gpu_list, 'GPU, such as 0; with torchrun one for each process, such as 0,1 (01 means the same); cpu; '
-                                 'auto', many=True),
+    gpu=Option('auto', gpu_list, 'GPU, such as 0; with torchrun one for each process, such as 0,1 (01 means the same); '
+                                 'cpu; auto', many=True),
     alpha=Option(1.0, float, 'weight of the variance term of varCE; 0 = cross entropy only', at_least=0),
     checkpoint_freq=Option(100, int, 'epochs between two kept checkpoints', at_least=1),
     start_epoch=Option(0, int, 'epochs counted as done when not resuming', at_least=0),

@@ -21,9 +21,9 @@ from dataset import check_mean_std, find_labels, list_images, load_mean_std, rea
 from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
-from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level, build_model,
-                   choose_device, find_edges, gland_accuracy_object_level, inside_mask, load_checkpoint, load_weights,
-                   match_objects, nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
+from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
+                   build_model, choose_device, find_edges, gland_scores_of, inside_mask, load_checkpoint, load_weights,
+                   match_objects, nuclei_scores_of, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
                    write_text)
 
@@ -247,8 +247,8 @@ def segment_bands(bands, image_shape, post):
         inside.append(np.round(band[..., 1] * 255).astype(np.uint8))
         contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
         del band                                                     # before the next one is made
-    inside, contour = np.concatenate(inside), np.concatenate(contour)
-    label = post_process(np.concatenate(masks), post['min_area'], post['radius'], image_shape, post['fill_holes'],
+    masks, inside, contour = map(np.concatenate, (masks, inside, contour))
+    label = post_process(masks, post['min_area'], post['radius'], image_shape, post['fill_holes'],
                          post['watershed'], post['grow'], (inside, contour))
     return label, inside, contour
 
@@ -266,9 +266,9 @@ class Scores(NamedTuple):
 def score(segmentation, label, dataset):
     """Scores of one image: pixel accuracy of the foreground and the published object-level metrics; all overlaps."""
     pixel_acc = accuracy_pixel_level(segmentation[None] > 0, label[None] > 0)[0]
-    object_level = nuclei_accuracy_object_level if dataset == 'MultiOrgan' else gland_accuracy_object_level
-    table = overlap_table(segmentation, label)._replace(pred_map=None, gt_map=None)
-    return Scores([float(pixel_acc), *map(float, object_level(segmentation, label))], table)
+    table = overlap_table(segmentation, label)
+    object_level = nuclei_scores_of(table) if dataset == 'MultiOrgan' else gland_scores_of(table)
+    return Scores([float(pixel_acc), *map(float, object_level)], table._replace(pred_map=None, gt_map=None))
 
 
 def results_table(results, columns):
@@ -315,7 +315,7 @@ class Results:
         return finished
 
     def save_images(self, name, image, segmentation, inside, contour, label):
-        """Probability maps, instances, table of objects, overlay and coloured picture. image is drawn on."""
+        """Probability maps, instances, table of objects, overlay and coloured picture. `image` is drawn over."""
         files = []
 
         def place(kind, ending):
@@ -327,7 +327,7 @@ class Results:
         matches = None if label is None else match_objects(segmentation, label)
         write_text(place('segmentation', '_objects.csv'), objects_csv(segmentation, inside, matches))
         save_image(place('segmentation', '_overlay.png'), draw_overlay(image, segmentation, label, matches))
-        save_image(place('segmentation', '_seg_colored.png'), colour_instances(segmentation))
+        save_image(place('segmentation', '_seg_colored.png'), colour_instances(segmentation, image))
         self.records[name]['files'] = [file.relative_to(self.folder).as_posix() for file in files]
 
     def finish(self, name, scores):
@@ -396,7 +396,9 @@ def objects_csv(segmentation, inside, matches=None):
     rows = [[*OBJECT_COLUMNS, *(('matched_id', 'matched_iou') if matches is not None else ())]]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # objects too small to have a convex hull
-        for region in tqdm(regionprops(segmentation, inside), desc='objects', disable=None, leave=False, delay=5):
+        regions = regionprops(segmentation, inside)[::-1]
+        for _ in tqdm(range(len(regions)), desc='objects', disable=None, leave=False, delay=5):
+            region = regions.pop()                                     # which remembers all that was asked of it
             row = [region.label, *(f'{x:.2f}' for x in region.centroid), *region.bbox, int(region.area),
                    f'{region.perimeter:.2f}', f'{region.eccentricity:.4f}', f'{region.solidity:.4f}',
                    f'{region.intensity_mean / 255:.4f}']
@@ -442,8 +444,10 @@ def draw_contours(image, label, colours, rows=2048):
         image[top:top + rows][border] = colours if np.ndim(colours) == 1 else colours[ids[border]]
 
 
-def colour_instances(label, rows=2048):
+def colour_instances(label, picture=None, rows=2048):
     """RGB picture, uint8 (H, W, 3), of an instance label, int (H, W): black background, touching objects differ.
+
+    It is written over `picture`, if that is given: a large image then needs no memory for another one.
 
     Each object in order of its id gets the first colour, from one that depends on its id on, that no touching object
     of lower id has.
@@ -461,7 +465,8 @@ def colour_instances(label, rows=2048):
                             number[high]) % N_COLOURS
     palette = (colours * 255).astype(np.uint8)[number]
     palette[0] = 0
-    picture = np.empty((*label.shape, 3), np.uint8)
+    if picture is None:
+        picture = np.empty((*label.shape, 3), np.uint8)
     for top in range(0, len(label), rows):                               # in pieces, for large images
         picture[top:top + rows] = palette[label[top:top + rows]]
     return picture

@@ -170,10 +170,13 @@ def save_image(path, array):
         Image.fromarray(np.ascontiguousarray(array)).save(temporary)
 
 
+BIG = 2 ** 32 - 2 ** 25                            # bytes of pixels: a plain TIFF ends at 4 GB
+
+
 def save_instances(path, label):
     """Save an instance label (H, W) as TIFF (deflate) or PNG, by the extension of `path`; uint16, above 65,535 uint32.
 
-    Raises ValueError if a PNG is asked to hold ids above 65,535.
+    A TIFF of 4 GB of pixels is a BigTIFF. Raises ValueError if a PNG is asked to hold ids above 65,535.
     """
     path = Path(path)
     dtype = np.uint16 if label.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
@@ -183,7 +186,8 @@ def save_instances(path, label):
         save_image(path, label.astype(dtype))
         return
     with atomic_path(path) as temporary:
-        tifffile.imwrite(temporary, label.astype(dtype), compression='zlib', photometric='minisblack')
+        pixels = label.astype(dtype)                             # tifffile takes BigTIFF only for uncompressed data
+        tifffile.imwrite(temporary, pixels, compression='zlib', photometric='minisblack', bigtiff=pixels.nbytes > BIG)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -702,13 +706,14 @@ def flood(seeds, inside, regions):
 
 
 def dilate(label, radius, rows=2048):
-    """Grey dilation of an int (H, W) label with a disk: where two objects meet, the higher id wins."""
-    result = np.empty_like(label)
+    """Grey dilation of an int (H, W) label with a disk, in place: where two objects meet, the higher id wins."""
+    before = label[:0]                                               # the last rows above, as they were
     for top in range(0, len(label), rows):
-        above = min(radius, top)
-        piece = label[top - above:top + rows + radius]
-        result[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[above:above + rows]
-    return result
+        piece = np.concatenate([before, label[top:top + rows + radius]])
+        first, end = len(before), len(before) + rows
+        label[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[first:end]
+        before = piece[max(end - radius, 0):end]
+    return label
 
 
 def _in_pieces(array, rows=2048):
@@ -733,6 +738,7 @@ def _in_pieces(array, rows=2048):
 EPS = 1e-10                                        # in the denominators of the published ratios
 MIN_GLAND_AREA = 3                                 # smaller ground-truth glands are dropped, pixels
 NO_OBJECT_HAUSDORFF = 1e5                          # gland: distance to an image without objects, pixels
+PIXELS_AT_ONCE = 2 ** 23                           # of the objects whose Hausdorff distances are computed together
 
 NucleiScores = namedtuple('NucleiScores', 'recall precision F1 dice iou hausdorff AJI')        # hausdorff: pixels
 GlandScores = namedtuple('GlandScores', 'recall precision F1 dice iou hausdorff')
@@ -791,15 +797,19 @@ def nuclei_accuracy_object_level(pred, gt):
     prediction of highest IoU; any overlap makes a true positive. dice, iou, hausdorff are means over these pairs.
     Raises InputError on arrays that do not fit.
     """
-    table = overlap_table(pred, gt)
+    return nuclei_scores_of(overlap_table(pred, gt))
+
+
+def nuclei_scores_of(table):
+    """`nuclei_accuracy_object_level` of an `OverlapTable` with its maps."""
     if table.n_pred == table.n_gt == 0:
         return NucleiScores(1.0, 1.0, 1.0, 1.0, 1.0, np.nan, 1.0)
     pairs = _published_pairs(table)
     if len(pairs) == 0:
         return NucleiScores(0.0, 0.0, 0.0, 0.0, 0.0, np.nan, 0.0)
     iou = table.iou[pairs]
-    pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
-    distances = [hausdorff_distance(pred_shapes, table.pred[i], gt_shapes, table.gt[i]) for i in pairs]
+    distances = hausdorff_distances(ObjectShapes(table.pred_map), table.pred[pairs],
+                                    ObjectShapes(table.gt_map), table.gt[pairs])
     return NucleiScores(*_detection_scores(len(pairs), table), dice=float(np.mean(2 * iou / (1 + iou))),
                         iou=float(np.mean(iou)), hausdorff=float(np.mean(distances)), AJI=_aji(table, pairs))
 
@@ -812,7 +822,12 @@ def gland_accuracy_object_level(pred, gt):
     means over the glands, each with the prediction that it overlaps most, and over the predictions likewise, halved.
     Raises InputError on arrays that do not fit.
     """
-    table = overlap_table(pred, gt, min_gt_area=MIN_GLAND_AREA)
+    return gland_scores_of(overlap_table(pred, gt))
+
+
+def gland_scores_of(table):
+    """`gland_accuracy_object_level` of an `OverlapTable` with its maps."""
+    table = _without_small_gt(table, MIN_GLAND_AREA)
     if table.n_pred == table.n_gt == 0:
         return GlandScores(1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     pred_pairs = _best_pairs(table.pred, table.intersection, table.gt)
@@ -821,9 +836,12 @@ def gland_accuracy_object_level(pred, gt):
     found = np.unique(table.gt[pred_pairs[covers_half]])
 
     pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
-    gt_means = _gland_means(gt_shapes, pred_shapes, table.gt[gt_pairs], table.pred[gt_pairs], table.iou[gt_pairs])
-    pred_means = _gland_means(pred_shapes, gt_shapes, table.pred[pred_pairs], table.gt[pred_pairs],
-                              table.iou[pred_pairs])
+    distance = np.full(len(table.iou), np.nan)                # of the pairs that count, which are often in both lists
+    pairs = np.union1d(pred_pairs, gt_pairs)
+    distance[pairs] = hausdorff_distances(pred_shapes, table.pred[pairs], gt_shapes, table.gt[pairs])
+    gt_means = _gland_means(gt_shapes, pred_shapes, table.gt[gt_pairs], table.iou[gt_pairs], distance[gt_pairs])
+    pred_means = _gland_means(pred_shapes, gt_shapes, table.pred[pred_pairs], table.iou[pred_pairs],
+                              distance[pred_pairs])
     return GlandScores(*_detection_scores(len(found), table), *((gt_means + pred_means) / 2).tolist())
 
 
@@ -908,30 +926,40 @@ def match_objects(pred, gt):
     return matches
 
 
-def overlap_table(pred, gt, min_gt_area=1):
+def overlap_table(pred, gt):
     """`OverlapTable` of the 8-connected regions of equal value of two label maps.
 
-    pred, gt: integer or bool (H, W), 0 = background, ids in any order and with gaps. Ground-truth regions under
-    `min_gt_area` pixels are dropped. Raises InputError on arrays that do not fit.
+    pred, gt: integer or bool (H, W), 0 = background, ids in any order and with gaps. Raises InputError on arrays that
+    do not fit.
     """
-    pred, gt = _checked(pred, gt, '(H, W)')
-    pred_map, pred_area = _regions(pred, 1)
-    gt_map, gt_area = _regions(gt, min_gt_area)
+    (pred_map, pred_area), (gt_map, gt_area) = map(_regions, _checked(pred, gt, '(H, W)'))
     both = (pred_map > 0) & (gt_map > 0)
-    codes, intersection = np.unique(gt_map[both] * len(pred_area) + pred_map[both], return_counts=True)
+    codes = gt_map[both].astype(np.int64) * len(pred_area) + pred_map[both]
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # of runs: far fewer to sort than pixels
+    codes, runs = np.unique(codes[starts], return_inverse=True)
+    intersection = np.bincount(runs, np.diff(starts, append=np.count_nonzero(both)), len(codes)).astype(int)
     gt_ids, pred_ids = np.divmod(codes, len(pred_area))
     union = gt_area[gt_ids] + pred_area[pred_ids] - intersection
     return OverlapTable(pred_map, gt_map, len(pred_area) - 1, len(gt_area) - 1, pred_area, gt_area,
                         pred_ids, gt_ids, intersection, union, intersection / union)
 
 
-def _regions(labels, min_area):
-    """Regions of at least `min_area` pixels, int64 (H, W), numbered by their first pixel; their areas, [0] is 0."""
-    regions = measure.label(labels, background=0, connectivity=2).astype(np.int64)
+def _regions(labels):
+    """Regions of equal value, int32 (H, W), numbered by their first pixel; their areas, (n + 1,), [0] is 0."""
+    regions = measure.label(labels, background=0, connectivity=2).astype(np.int32)
     area = np.bincount(regions.ravel())
-    keep = area >= min_area
-    keep[0] = False
-    return (np.cumsum(keep) * keep)[regions], np.concatenate([[0], area[keep]])
+    area[0] = 0
+    return regions, area
+
+
+def _without_small_gt(table, min_area):
+    """The table without the ground-truth objects under `min_area` pixels; the others are renumbered."""
+    keep = table.gt_area >= min_area                          # [0], of area 0, is not an object
+    new_id = np.cumsum(keep, dtype=np.int32) * keep
+    pairs = keep[table.gt]
+    return table._replace(gt_map=new_id[table.gt_map], n_gt=int(keep.sum()), gt_area=np.append(0, table.gt_area[keep]),
+                          gt=new_id[table.gt[pairs]],
+                          **{name: getattr(table, name)[pairs] for name in ('pred', 'intersection', 'union', 'iou')})
 
 
 def _checked(pred, gt, axes):
@@ -1002,22 +1030,19 @@ def _largest_iou_sum_pairs(table):
     return np.flatnonzero(partner[rows] == columns)
 
 
-def _gland_means(own_shapes, other_shapes, own, other, iou):
+def _gland_means(own_shapes, other_shapes, own, iou, distance):
     """Area-weighted means, (3,) dice, iou, hausdorff, over all objects of one map; 0 if it has none.
 
-    own: (n,) the objects that have a partner; other, iou: that partner, the IoU. The remaining objects have
-    dice and iou 0 and the smallest Hausdorff distance to any object of the other map.
+    own: (n,) the objects that have a partner; iou, distance: IoU and Hausdorff distance of each with its partner. The
+    remaining objects have dice and iou 0 and the smallest Hausdorff distance to any object of the other map.
     """
     n_objects = len(own_shapes.area)
     if n_objects == 0:
         return np.zeros(3)
     scores = np.zeros((n_objects, 3))
-    scores[own - 1, 0] = 2 * iou / (1 + iou)
-    scores[own - 1, 1] = iou
-    partner = dict(zip(own.tolist(), other.tolist()))
-    for i in range(1, n_objects + 1):
-        scores[i - 1, 2] = (hausdorff_distance(own_shapes, i, other_shapes, partner[i]) if i in partner
-                            else _nearest_object_distance(own_shapes, i, other_shapes))
+    scores[own - 1] = np.stack([2 * iou / (1 + iou), iou, distance], axis=1)
+    alone = np.setdiff1d(np.arange(1, n_objects + 1), own)
+    scores[alone - 1, 2] = _nearest_object_distances(own_shapes, alone, other_shapes)
     return np.average(scores, axis=0, weights=own_shapes.area)
 
 
@@ -1031,60 +1056,98 @@ def find_edges(label_map):
 
 
 class ObjectShapes:
-    """The pixels of the objects 1..n of a label map (H, W), for Hausdorff distances; entry i - 1 is object i.
+    """The pixels of the objects 1..n of a label map, int (H, W), for Hausdorff distances.
 
-    area: (n,). pixels: list of (area, 2) rows and columns. on_edge: list of bool (area,), pixels with a 4-neighbour
-    outside the object or outside the image. low, high: (n, 2) corners of the bounding box, inclusive.
+    flat_map: (H * W,) the map. on_edge: bool (H * W,), pixels with a 4-neighbour outside the object or the image.
+    pixels, edges: sparse bool (n + 1, H * W), row i holds all pixels of object i, and those on its edge.
+    area: (n,) pixels. boxes: (n, 4) top, left, bottom, right of the bounding boxes, inclusive.
     """
 
     def __init__(self, label_map):
-        self.label_map = label_map
-        on_edge = find_edges(label_map)
-        pixels = np.argwhere(label_map)
-        ids = label_map[label_map > 0]
-        order = np.argsort(ids, kind='stable')
-        pixels, on_edge = pixels[order], on_edge[label_map > 0][order]
-        self.area = np.bincount(ids)[1:]
-        starts = np.cumsum(self.area) - self.area
-        self.pixels = np.split(pixels, starts[1:])
-        self.on_edge = np.split(on_edge, starts[1:])
-        self.low = np.minimum.reduceat(pixels, starts)
-        self.high = np.maximum.reduceat(pixels, starts)
+        self.width = label_map.shape[1]
+        self.flat_map, self.on_edge = label_map.ravel(), find_edges(label_map).ravel()
+        places = np.flatnonzero(label_map)
+        n = label_map.max()
+        self.pixels = self._rows(places, n)
+        self.edges = self._rows(places[self.on_edge[places]], n)
+        self.area = np.diff(self.pixels.indptr)[1:]
+        y, x = np.divmod(self.edges.indices, self.width)
+        starts = self.edges.indptr[1:-1]                              # every object has an edge
+        self.boxes = np.stack([np.minimum.reduceat(y, starts), np.minimum.reduceat(x, starts),
+                               np.maximum.reduceat(y, starts), np.maximum.reduceat(x, starts)], axis=1)
+
+    def _rows(self, places, n):
+        """Pixels at some places of the flat map, by object. A sparse matrix sorts by counting, in one pass."""
+        rows = (np.ones(len(places), bool), (self.flat_map[places], places))
+        return sparse.coo_array(rows, shape=(n + 1, len(self.flat_map))).tocsr()
 
 
-def hausdorff_distance(a_shapes, a, b_shapes, b):
-    """Symmetric Hausdorff distance, in pixels, between all pixels of object `a` and all of object `b`. Exact."""
-    return max(_directed_hausdorff(a_shapes, a, b_shapes, b), _directed_hausdorff(b_shapes, b, a_shapes, a))
+def _pixels_of(rows, objects):
+    """(index into `objects`, place in the flat map) of all pixels in these rows of a sparse matrix, both (pixels,)."""
+    chosen = rows[objects]
+    return np.repeat(np.arange(len(objects)), np.diff(chosen.indptr)), chosen.indices
+
+
+def hausdorff_distances(a_shapes, a, b_shapes, b):
+    """Symmetric Hausdorff distance, in pixels, between all pixels of objects a[k] and b[k], for every k. Exact.
+
+    a, b: int (n,), objects of two maps of one shape. Returns float (n,).
+    """
+    pixels = int(a_shapes.area[a - 1].sum() + b_shapes.area[b - 1].sum())
+    pieces = np.array_split(np.arange(len(a)), pixels // PIXELS_AT_ONCE + 1)
+    return np.concatenate([np.maximum(_directed_hausdorff(a_shapes, a[i], b_shapes, b[i]),
+                                      _directed_hausdorff(b_shapes, b[i], a_shapes, a[i])) for i in pieces])
 
 
 def _directed_hausdorff(a_shapes, a, b_shapes, b):
-    """Largest distance from a pixel of `a` to its nearest pixel of `b`.
+    """Largest distance from a pixel of a[k] to its nearest pixel of b[k], (n,).
 
     Few pixels decide it. Those of `a` inside `b` have distance 0. For any other one, the nearest pixel of `b` is on
     b's edge: were its 4-neighbours all in `b`, the one a step towards the pixel would be nearer. And outside the
     bounding box of `b` only the edge of `a` counts: a step away from the box leads away from all of `b`, so
-    a pixel whose 4-neighbours are all in `a` is not the farthest.
+    a pixel whose 4-neighbours are all in `a` is not the farthest. Within the box such a pixel is left out if it
+    touches `b`: its distance is 1, the smallest there is.
+
+    One tree of points (k, y, x) serves all pairs: their k lie further apart than any two pixels.
     """
-    pixels = a_shapes.pixels[a - 1]
-    in_box = np.all((pixels >= b_shapes.low[b - 1]) & (pixels <= b_shapes.high[b - 1]), axis=1)
-    outside_b = b_shapes.label_map[pixels[:, 0], pixels[:, 1]] != b
-    far_pixels = pixels[outside_b & (a_shapes.on_edge[a - 1] | in_box)]
-    if len(far_pixels) == 0:
-        return 0.0
-    return cKDTree(b_shapes.pixels[b - 1][b_shapes.on_edge[b - 1]]).query(far_pixels)[0].max()
+    width = a_shapes.width
+    k, place = _pixels_of(a_shapes.pixels, a)
+    outside_b = b_shapes.flat_map[place] != b[k]
+    k, place = k[outside_b], place[outside_b]
+    distances = np.zeros(len(a))
+    distances[k] = 1
+    on_edge = a_shapes.on_edge[place]
+    y, x = np.divmod(place, width)
+    top, left, bottom, right = b_shapes.boxes[b[k] - 1].T
+    inner = np.flatnonzero(~on_edge & (y >= top) & (y <= bottom) & (x >= left) & (x <= right))
+    around = place[inner] + np.array([[-width], [-1], [1], [width]])                        # all in the image
+    inner = inner[(b_shapes.flat_map[around] != b[k[inner]]).all(axis=0)]
+    far = np.concatenate([np.flatnonzero(on_edge), inner])
+    k, place = k[far], place[far]
+
+    apart = width + len(a_shapes.flat_map) // width
+
+    def points(k, place):
+        return np.stack([k * apart, *np.divmod(place, width)], axis=1)
+    if len(k):
+        tree = cKDTree(points(*_pixels_of(b_shapes.edges, b)), leafsize=32, balanced_tree=False)       # sooner built
+        np.maximum.at(distances, k, tree.query(points(k, place))[0])
+    return distances
 
 
-def _nearest_object_distance(shapes, i, other_shapes):
-    """Smallest Hausdorff distance from object i to any object of the other map; NO_OBJECT_HAUSDORFF if it has none.
+def _nearest_object_distances(shapes, objects, other_shapes):
+    """Smallest Hausdorff distance from each of `objects` to any object of the other map, (n,).
 
-    Where two sides of the bounding boxes lie d apart, the Hausdorff distance is at least d (no pixel of the one object
-    is nearer to the outer side of the other), so the search ends where this bound reaches the best distance.
+    NO_OBJECT_HAUSDORFF if that has none. Where two sides of the bounding boxes lie d apart, the Hausdorff distance is
+    at least d (no pixel of the one object is nearer to the outer side of the other). So after the object with the
+    nearest box only those need a look whose boxes are no further away than it turns out to be.
     """
-    bounds = np.maximum(np.abs(other_shapes.low - shapes.low[i - 1]).max(axis=1),
-                        np.abs(other_shapes.high - shapes.high[i - 1]).max(axis=1))
-    nearest = NO_OBJECT_HAUSDORFF
-    for j in np.argsort(bounds, kind='stable'):
-        if bounds[j] >= nearest:
-            break
-        nearest = min(nearest, hausdorff_distance(shapes, i, other_shapes, j + 1))
+    if len(objects) == 0 or len(other_shapes.boxes) == 0:
+        return np.full(len(objects), NO_OBJECT_HAUSDORFF)
+    tree, boxes = cKDTree(other_shapes.boxes), shapes.boxes[objects - 1]
+    nearest = hausdorff_distances(shapes, objects, other_shapes, tree.query(boxes, p=np.inf)[1] + 1)
+    candidates = tree.query_ball_point(boxes, nearest, p=np.inf)
+    index = np.repeat(np.arange(len(objects)), [len(others) for others in candidates])
+    distances = hausdorff_distances(shapes, objects[index], other_shapes, np.concatenate(candidates).astype(int) + 1)
+    np.minimum.at(nearest, index, distances)
     return nearest

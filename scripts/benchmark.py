@@ -1,26 +1,32 @@
 """Speed and memory of this code beside the plain version, measured in one run.
 
-    python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | inference |
-                                 metrics | windows | all] [--batch 2] [--repeats 5] [--threads 2]
+    python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | inference | metrics | all]
+                                [--batch 2] [--repeats 5] [--threads 2]
+    python scripts/benchmark.py windows --model-path CHECKPOINT --image IMAGE --label LABEL
+    python scripts/benchmark.py large --model-path CHECKPOINT --image IMAGE [--size 10000]
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
 ternary labels, weight maps and metrics. The versions take turns in every
 repeat, so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory
-runs each version in a process of its own, and the plain one needs over 17 GB at batch 8.
+runs each version in a process of its own, and the plain one needs over 17 GB at batch 8. windows shows what larger
+windows buy; large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own.
 """
 import argparse
 import copy
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+import tifffile
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -29,15 +35,16 @@ from skimage import measure
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from dataset import read_image, read_instance_label                                 # noqa: E402
 from FullNet import FullNet                                                          # noqa: E402
 from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy    # noqa: E402
 from my_transforms import RandomElastic, get_transforms                              # noqa: E402
 from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,     # noqa: E402
                           read_xml_regions, ternary_label)
-from test import segment                                                             # noqa: E402
-from utils import (InputError, gland_accuracy_object_level,                          # noqa: E402
+from test import score, segment                                                     # noqa: E402
+from utils import (InputError, Parser, gland_accuracy_object_level, load_checkpoint,  # noqa: E402
                    nuclei_accuracy_object_level, run_script, standard_metrics)
 from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
 
@@ -410,8 +417,6 @@ def benchmark_inference(args):
 
 def benchmark_windows(args):
     """What larger windows buy, on one image with its label: seconds and scores."""
-    if not (args.model_path and args.image and args.label):
-        raise InputError('windows needs --model-path, --image and --label')
     image = read_image(args.image)
     label = read_instance_label(args.label, image.shape[:2])
     rows = []
@@ -459,20 +464,55 @@ def plain_nuclei_scores(pred, gt):
 
 
 def benchmark_metrics(args):
-    print('Metrics of 1000 x 1000 pixels against the same shifted by (2, 3), seconds (best of 3; plain once)')
+    print('Metrics of an image against the same shifted by (2, 3), seconds (best of 3 in turns; test.py: the published '
+          'nuclei, pixel and standard metrics together)')
     rows = []
-    for n in (200, 400, 800, 1900):
-        gt = made_up_label(n)
+    for size, n in ((1000, 200), (1000, 400), (1000, 800), (1000, 1900), (2000, 1600), (4000, 6400)):
+        gt = made_up_label(n, size)
         pred = np.roll(gt, (2, 3), (0, 1))
+        functions = {'nuclei': nuclei_accuracy_object_level, 'gland': gland_accuracy_object_level,
+                     'standard': standard_metrics, 'test.py': partial(score, dataset='MultiOrgan')}
+        if size == 1000:
+            functions['plain'] = plain_nuclei_scores
+        best = {name: min(times) for name, times in
+                take_turns({name: partial(f, pred, gt) for name, f in functions.items()}, 3).items()}
+        row = [f'{size} x {size}', n, *(f'{best[name]:.2f}' for name in ('nuclei', 'gland', 'standard', 'test.py'))]
+        if 'plain' in best:
+            difference = np.abs(np.array(nuclei_accuracy_object_level(pred, gt)) - plain_nuclei_scores(pred, gt)).max()
+            row += [f'{best["plain"]:.1f}', f'{best["plain"] / best["nuclei"]:.0f}', f'{difference:.0e}']
+        rows.append((*row, '', '', '')[:9])
+    print_table(('pixels', 'objects', 'nuclei', 'gland', 'standard', 'test.py', 'plain nuclei', 'nuclei x plain',
+                 'largest difference'), rows)
+
+
+def benchmark_large(args):
+    """An image repeated to size x size pixels, through test.py in a process of its own: seconds and peak memory."""
+    image = read_image(args.image)
+    image = np.tile(image, (*(-(-args.size // side) for side in image.shape[:2]), 1))[:args.size, :args.size]
+    weights = load_checkpoint(args.model_path)['state_dict']
+    parameters = sum(value.numel() for key, value in weights.items() if key.endswith(('weight', 'bias')))
+    words = ['--patch-size', '592', '--overlap', '80', '--tta', 'none']
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'large', 'large.tif')
+        path.parent.mkdir()
+        tifffile.imwrite(path, image, photometric='rgb')
+        del image
+        print(f'{args.size} x {args.size} RGB TIFF ({path.stat().st_size / 1e9:.2f} GB), network of {parameters:,} '
+              f'parameters, {" ".join(words)}', flush=True)
+        program = ('import sys, test, utils; utils.run_script(lambda: test.main(sys.argv[1:])); '
+                   'from scripts.benchmark import peak_memory; print(peak_memory())')
         start = time.perf_counter()
-        plain = plain_nuclei_scores(pred, gt)
-        plain_seconds = time.perf_counter() - start
-        seconds = [min(take_turns({'': partial(f, pred, gt)}, 3)['']) for f in (
-            nuclei_accuracy_object_level, gland_accuracy_object_level, standard_metrics)]
-        difference = np.abs(np.array(nuclei_accuracy_object_level(pred, gt)) - plain).max()
-        rows.append((n, *(f'{s:.2f}' for s in seconds), f'{plain_seconds:.1f}', f'{plain_seconds / seconds[0]:.0f}',
-                     f'{difference:.0e}'))
-    print_table(('objects', 'nuclei', 'gland', 'standard', 'plain nuclei', 'x plain', 'largest difference'), rows)
+        done = subprocess.run([sys.executable, '-c', program, '--img-dir', path, '--model-path', args.model_path,
+                               '--save-dir', Path(folder, 'out'), '--gpu', 'cpu', *words], text=True,
+                              stdout=subprocess.PIPE, cwd=folder, env=os.environ | {'PYTHONPATH': str(ROOT)})
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise InputError('test.py failed, see above')
+        objects = Path(folder, 'out/large_segmentation/large_objects.csv').read_text().count('\n') - 1
+        sizes = ', '.join(f'{file.name} {file.stat().st_size / 1e6:.1f} MB'
+                          for file in sorted(Path(folder, 'out').glob('large_*/*')))
+    print(f'{seconds / 60:.1f} minutes, peak memory {float(done.stdout.splitlines()[-1]):.2f} GB, {objects} objects')
+    print(f'written: {sizes}')
 
 
 def one_image(args):
@@ -489,27 +529,38 @@ def one_step(args):
     print(peak_memory())
 
 
-def main():
+def main(argv=None):
     benchmarks = {'step': (benchmark_step, benchmark_gradients), 'memory': (benchmark_memory,),
                   'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,),
                   'prepare': (benchmark_prepare,), 'inference': (benchmark_inference,), 'metrics': (benchmark_metrics,)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='?', default='all',
-                        choices=[*benchmarks, 'windows', 'all', 'one_step', 'one_image'])
+    needs = {'windows': (benchmark_windows, ('model_path', 'image', 'label')),            # a trained network
+             'large': (benchmark_large, ('model_path', 'image'))}
+    parser = Parser(prog='scripts/benchmark.py', description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, *needs, 'all', 'one_step', 'one_image'])
     for name in ('model_path', 'image', 'label'):
-        parser.add_argument('--' + name.replace('_', '-'), help='for windows')
+        parser.add_argument('--' + name.replace('_', '-'), type=Path, help='for ' + ' and '.join(
+            what for what, (_, names) in needs.items() if name in names))
+    parser.add_argument('--size', type=int, default=10000, help='for large: pixels of a side')
     parser.add_argument('--batch', type=int, help='patches per step; by default 2, and 8 for memory')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--mode', choices=MODES, default='fast', help='for one_step, which memory calls')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.batch_given = args.batch is not None
     args.batch = args.batch or 2
     torch.set_num_threads(args.threads)
     if args.what.startswith('one_'):                             # called by the memory benchmarks
         return {'one_step': one_step, 'one_image': one_image}[args.what](args)
-    if args.what == 'windows':                                   # needs a trained network
-        return benchmark_windows(args)
+    if args.what in needs:
+        function, names = needs[args.what]
+        for name in names:
+            path = getattr(args, name)
+            if path is None or not path.is_file():
+                raise InputError(f'{args.what} needs --{name.replace("_", "-")}, ' + (
+                    f'and there is no {path}' if path else 'a file; it was not given'))
+            setattr(args, name, path.resolve())
+        return function(args)
     for name, functions in benchmarks.items():
         if args.what in (name, 'all'):
             for function in functions:

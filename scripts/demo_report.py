@@ -4,7 +4,6 @@
 
 DATA: as prepared by prepare_data.py. RESULTS: where test.py wrote for DATA/images/test_same.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import list_images, read_image, read_instance_label  # noqa: E402
 from prepare_data import ternary_label  # noqa: E402
 from scripts.otsu_baseline import otsu_scores  # noqa: E402
-from utils import InputError, atomic_path, run_script  # noqa: E402
+from utils import InputError, Parser, atomic_path, run_script  # noqa: E402
 from weight_map import weight_map  # noqa: E402
 
 
@@ -53,7 +52,8 @@ def draw_overview(path, image, label, inside, contour, prediction, title):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The network's scores beside Otsu's, and one picture of everything.")
+    parser = Parser(prog='scripts/demo_report.py',
+                    description="The network's scores beside Otsu's, and one picture of everything.")
     parser.add_argument('--data-dir', required=True)
     parser.add_argument('--result-dir', required=True)
     parser.add_argument('--out', required=True)

@@ -6,7 +6,6 @@ RESULTS is one {name}_seg.tiff or a folder of them ({set}_segmentation). Each be
 --gzip), which replaces an earlier one. Outlines run along the pixel borders, so nothing of the label is lost. Where
 {name}_objects.csv lies beside the label, its numbers become measurements of the objects.
 """
-import argparse
 import csv
 import gzip
 import itertools
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import read_instance_label  # noqa: E402
-from utils import InputError, atomic_path, run_script  # noqa: E402
+from utils import InputError, Parser, atomic_path, run_script  # noqa: E402
 
 LABEL_ENDING = '_seg.tiff'
 TABLE_ENDING = '_objects.csv'
@@ -202,7 +201,8 @@ def result_files(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Turn the instance labels of test.py into GeoJSON for QuPath.')
+    parser = Parser(prog='scripts/export_geojson.py',
+                    description='Turn the instance labels of test.py into GeoJSON for QuPath.')
     parser.add_argument('results', help=f'a {{name}}{LABEL_ENDING}, or a folder of them: {{set}}_segmentation')
     parser.add_argument('--out', help='folder to write to (default: the one of the labels)')
     parser.add_argument('--gzip', action='store_true', help='write {name}.geojson.gz, about a fifth of the size')

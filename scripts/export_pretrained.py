@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import list_images, load_mean_std, read_image  # noqa: E402
-from utils import InputError, load_checkpoint, run_script, save_checkpoint, sha256_of  # noqa: E402
+from utils import InputError, Parser, load_checkpoint, run_script, save_checkpoint, sha256_of  # noqa: E402
 
 PRIVATE = ('data_dir', 'save_dir', 'checkpoint', 'init_from')            # paths of the machine that trained
 
@@ -83,7 +83,8 @@ def scores_of(results, weights):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog='scripts/export_pretrained.py', description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', type=Path, required=True, help='run folder of train.py')
     parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
     parser.add_argument('--checkpoint', default='best', help='best, latest, or the number of an epoch')

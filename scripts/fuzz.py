@@ -45,7 +45,8 @@ except ImportError:                  # Windows: memory is not limited there
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import image_size, read_image, read_instance_label  # noqa: E402
 from prepare_data import instance_label_from_xml  # noqa: E402
-from utils import InputError, build_model, load_checkpoint, load_weights, run_script, save_checkpoint  # noqa: E402
+from utils import (InputError, Parser, build_model, load_checkpoint, load_weights, run_script,     # noqa: E402
+                   save_checkpoint)
 
 SECONDS = 5.0                        # of processor time for one file: other work on the machine does not count
 PATIENCE = 60.0                      # seconds until a process that does not answer is ended
@@ -752,8 +753,8 @@ def findings(outcomes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Feed damaged files to the readers.',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog='scripts/fuzz.py', description='Feed damaged files to the readers.',
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('reader', nargs='?', default='all', choices=(*READERS, 'all'), help='what is tested')
     parser.add_argument('--count', type=int, default=2000, help='damaged files for each reader')
     parser.add_argument('--seed', type=int, default=0, help='of the damage')

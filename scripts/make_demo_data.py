@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils import InputError, run_script, save_image, write_text  # noqa: E402
+from utils import InputError, Parser, run_script, save_image, write_text  # noqa: E402
 
 HEMATOXYLIN = np.array([0.74, 0.98, 0.58])      # optical density in (R, G, B) of one unit of stain
 EOSIN = np.array([0.24, 0.80, 0.44])
@@ -277,8 +277,8 @@ def make_data_set(out, counts, size, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Make a small synthetic H&E data set.',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog='scripts/make_demo_data.py', description='Make a small synthetic H&E data set.',
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('out', help='folder to write; new, empty, or from an earlier run (which is replaced)')
     parser.add_argument('--seed', type=int, default=0, help='another seed, other images')
     parser.add_argument('--train', type=int, default=6, help='number of training images')

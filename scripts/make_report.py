@@ -4,7 +4,6 @@
 
 RESULTS: the save_dir of test.py. The page is one file that needs no network: pictures, style and script are inside.
 """
-import argparse
 import base64
 import csv
 import io
@@ -20,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import read_image  # noqa: E402
-from utils import InputError, run_script, write_text  # noqa: E402
+from utils import InputError, Parser, run_script, write_text  # noqa: E402
 
 LARGEST_SIDE = 1600              # pixels of an embedded overlay; nuclei at 40x stay legible, a page of 50 images opens
 JPEG_QUALITY = 80
@@ -46,7 +45,7 @@ SETTINGS = (
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='One HTML page about a result of test.py.')
+    parser = Parser(prog='scripts/make_report.py', description='One HTML page about a result of test.py.')
     parser.add_argument('results', metavar='RESULTS', help='save_dir of test.py')
     parser.add_argument('--out', help='the page [RESULTS/report.html]')
     args = parser.parse_args(argv)

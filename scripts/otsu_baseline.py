@@ -15,7 +15,7 @@ from skimage.filters import threshold_otsu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import find_labels, list_images, read_image, read_instance_label  # noqa: E402
-from utils import InputError, nuclei_accuracy_object_level, post_process, run_script  # noqa: E402
+from utils import InputError, Parser, nuclei_accuracy_object_level, post_process, run_script  # noqa: E402
 
 
 def otsu_label(image, min_area=20, radius=2, channel='grey'):
@@ -40,8 +40,9 @@ def otsu_scores(images, label_dir, min_area=20, radius=2, channel='grey'):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score Otsu's threshold on a folder of labelled nuclei images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog='scripts/otsu_baseline.py',
+                    description="Score Otsu's threshold on a folder of labelled nuclei images.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--img-dir', required=True, help='folder of RGB images')
     parser.add_argument('--label-dir', required=True, help='instance labels, {name}.png or {name}_label.png')
     parser.add_argument('--min-area', type=int, default=20, help='smaller components are removed, pixels')

@@ -10,7 +10,6 @@ reported on, so that its gain is an upper bound. Columns: published AJI, MoNuSeg
 
 The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,8 +23,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import find_labels, read_instance_label  # noqa: E402
 from options import Options  # noqa: E402
-from utils import (InputError, dilate, grow_objects, overlap_table, post_process, run_script,  # noqa: E402
-                   split_objects, standard_metrics_of, write_text)
+from utils import (InputError, Parser, dilate, grow_objects, overlap_table, post_process,  # noqa: E402
+                   run_script, split_objects, standard_metrics_of, write_text)
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
 CHOICES = {
@@ -155,7 +154,7 @@ def table_text(rows, images):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Scores of variants of the post-processing.')
+    parser = Parser(prog='scripts/study_post_processing.py', description='Scores of variants of the post-processing.')
     parser.add_argument('results', metavar='RESULTS', type=Path, help='save_dir of test.py')
     parser.add_argument('--label-dir', required=True, help='instance labels of the images')
     parser.add_argument('--set', help='name of the set [the only one in RESULTS]')

@@ -27,7 +27,7 @@ from skimage.data import immunohistochemistry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test as test_script  # noqa: E402
 from scripts.make_demo_data import make_image  # noqa: E402
-from utils import InputError, load_checkpoint, run_script, sha256_of, write_text  # noqa: E402
+from utils import InputError, Parser, load_checkpoint, run_script, sha256_of, write_text  # noqa: E402
 
 OBJECTS, PROBABILITY, AJI = 0.05, 0.01, 0.005                            # allowed differences; the first is relative
 BEGIN, END = ('<!-- written by scripts/verify_pretrained.py --write: do not edit from here -->', '<!-- to here -->')
@@ -169,7 +169,8 @@ def write_expected(weights, card, expected):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog='scripts/verify_pretrained.py', description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data_dir', type=Path, nargs='?', help='prepared data, to compute the val scores anew')
     parser.add_argument('--tta', default='none', choices=('none', 'flips', 'full'), help='which of the stored scores')
     parser.add_argument('--weights', type=Path, default=test_script.PRETRAINED)

@@ -25,8 +25,8 @@ def data(tmp_path):
 def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
     seconds = {'FullNet': 1.0, 'FCN_pooling': 0.5}                          # 4 images in batches of 2: 2 steps an epoch
     monkeypatch.setattr(ablation, 'seconds_per_step', lambda model, *_: seconds[model['name']])
-    words = ['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--minutes', '0.04', '--seeds', '3', '--jobs', '2',
-             '--arms', 'FCN_pooling', 'FullNet', *TINY]
+    words = ['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--minutes', '0.04', '--seeds', '3', '--jobs',
+             '2', '--arms', 'FCN_pooling', 'FullNet', *TINY]
     ablation.main(words)
     runs = json.loads((tmp_path / 'out/ablation.json').read_text())
     assert [(run['arm'], run['seed'], run['epochs'], run['steps']) for run in runs] == [
@@ -44,18 +44,18 @@ def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'FullNet_seed3_epochs1: steps 2' in out and 'FCN_pooling_seed3' not in out
     again = (tmp_path / 'out/ablation.md').read_text().splitlines()
-    assert [line.split('|')[5:] for line in again] == [line.split('|')[5:] for line in table]       # all but the minutes
+    assert [line.split('|')[5:] for line in again] == [line.split('|')[5:] for line in table]   # all but the minutes
     with pytest.raises(InputError, match='budgets.json is of another ablation'):
         ablation.main([*words, '--lr', '0.1'])
 
 
 def test_table_of_means_spreads_and_differences():
     epochs, arms, seeds = {'FullNet': 2, 'FCN_pooling': 6}, list(ablation.ARMS), [1, 2]
-    jobs = {ablation.Job(arm, seed, n): dict.fromkeys(('val_iou', *ablation.SCORES), value) | {'steps': n, 'minutes': 3}
-            for arm, n, values in (('FCN_pooling', 2, (0.1, 0.3)), ('FCN_pooling', 6, (0.5, 0.5)),
-                                   ('FullNet', 2, (0.4, 0.6)), ('FullNet + varCE', 2, (0.7, 0.5)),
-                                   ('FullNet + varCE, no weight map', 2, (0.6, 0.4))) for seed, value in zip(seeds, values)}
-    lines = ablation.report(jobs, arms, seeds, epochs).splitlines()
+    runs = [('FCN_pooling', 2, (0.1, 0.3)), ('FCN_pooling', 6, (0.5, 0.5)), ('FullNet', 2, (0.4, 0.6)),
+            ('FullNet + varCE', 2, (0.7, 0.5)), ('FullNet + varCE, no weight map', 2, (0.6, 0.4))]
+    scores = {ablation.Job(arm, seed, n): {'steps': n, 'minutes': 3, 'val_iou': value}
+              | dict.fromkeys(ablation.SCORES, value) for arm, n, values in runs for seed, value in zip(seeds, values)}
+    lines = ablation.report(scores, arms, seeds, epochs).splitlines()
     assert lines[2].startswith('| FCN_pooling | 2 | 3 | 0.200 ± 0.141 | 0.200 ± 0.141 |')
     assert lines[9].startswith('| FCN_pooling | 6 | 3 | 0.500 ± 0.000 |') and lines[3] == lines[10]
     assert lines[14:17] == [
@@ -70,7 +70,8 @@ def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, 'seconds_per_step', lambda *_: 1.0)
     (data / 'mean_std.npy').unlink()
     with pytest.raises(InputError, match='train.py ended with exit code 2; see .*train.out, then start this again'):
-        ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '--arms', 'FullNet', *TINY])
+        ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '--arms', 'FullNet',
+                       *TINY])
     assert 'no ' in next((tmp_path / 'out').glob('*/train.out')).read_text()
 
 

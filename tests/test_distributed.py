@@ -82,8 +82,8 @@ def test_processes_share_a_batch():
 
 def running(tmp_path, data, *words):
     """A training by two processes that goes on for ever and has saved a checkpoint; its path."""
-    process = start(*TORCHRUN, ROOT / 'train.py', *SMALL, '--data-dir', data, '--save-dir', tmp_path / 'run', '--epochs',
-                    '10000', '--checkpoint-minutes', '0', *words, start_new_session=True)
+    process = start(*TORCHRUN, ROOT / 'train.py', *SMALL, '--data-dir', data, '--save-dir', tmp_path / 'run',
+                    '--epochs', '10000', '--checkpoint-minutes', '0', *words, start_new_session=True)
     path, end = tmp_path / 'run/checkpoints/checkpoint.pth.tar', time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < end, 'training ended or hung before its first checkpoint'
@@ -121,8 +121,8 @@ def test_signals_stop_all_processes_after_the_same_step_with_a_checkpoint(data, 
 
 def test_images_are_shared_out_in_testing(data, tmp_path):
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')])
-    words = ['--model-path', tmp_path / 'run/checkpoints/checkpoint_best.pth.tar', '--img-dir', data / 'images/test_same',
-             '--label-dir', data / 'labels_instance/test', '--tta', 'none', '--gpu', 'cpu']
+    words = ['--model-path', tmp_path / 'run/checkpoints/checkpoint_best.pth.tar',
+             '--img-dir', data / 'images/test_same', '--label-dir', data / 'labels_instance/test', '--tta', 'none', '--gpu', 'cpu']
     finish(start(sys.executable, ROOT / 'test.py', *words, '--save-dir', tmp_path / 'one'))
     finish(start(*TORCHRUN, ROOT / 'test.py', *words, '--save-dir', tmp_path / 'two'))
     files = [[p.relative_to(tmp_path / name) for p in sorted((tmp_path / name).rglob('*')) if p.is_file()]
@@ -139,8 +139,9 @@ def test_gpus_of_several_processes(monkeypatch):
     with pytest.raises(InputError, match='--gpu names 2 GPUs, and one process uses one; start a process for each with: '
                                          'torchrun --nproc-per-node 2 train.py --gpu 0 1$'):
         choose_device([0, 1])
-    assert [str(choose_device(gpu, 1, 2)) for gpu in ([0, 1], [1, 0], 'auto', [])] == ['cuda:1', 'cuda:0', 'cuda:1', 'cpu']
-    with pytest.raises(InputError, match='more processes on this machine than the 2 GPUs .* --nproc-per-node 2, or --gpu'):
+    devices = [str(choose_device(gpu, 1, 2)) for gpu in ([0, 1], [1, 0], 'auto', [])]
+    assert devices == ['cuda:1', 'cuda:0', 'cuda:1', 'cpu']
+    with pytest.raises(InputError, match='more processes on this machine than the 2 GPUs .* --nproc-per-node 2, or'):
         choose_device('auto', 2, 3)
 
 

@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial.distance import directed_hausdorff
 
 import utils
-from utils import (AverageMeter, InputError, accuracy_pixel_level, gland_accuracy_object_level,
-                   match_objects, nuclei_accuracy_object_level, overlap_table, pool, standard_metrics,
+from utils import (AverageMeter, InputError, accuracy_pixel_level, gland_accuracy_object_level, gland_scores_of,
+                   match_objects, nuclei_accuracy_object_level, nuclei_scores_of, overlap_table, pool, standard_metrics,
                    standard_metrics_of)
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -257,6 +257,21 @@ def test_blobs_like_the_slow_version(seed):
     equal([scores[key] for key in expected], list(expected.values()))
 
 
+def test_hausdorff_distances_in_pieces_are_those_of_all_at_once(monkeypatch):
+    pred, gt = blob_pair(2)
+    expected = nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)
+    monkeypatch.setattr(utils, 'PIXELS_AT_ONCE', 50)
+    assert (nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)) == expected
+
+
+def test_one_table_serves_all_metrics():
+    pred, gt = blob_pair(4)
+    table = overlap_table(pred, gt)
+    assert nuclei_scores_of(table) == nuclei_accuracy_object_level(pred, gt)
+    assert gland_scores_of(table) == gland_accuracy_object_level(pred, gt)
+    assert standard_metrics_of(table) == standard_metrics(pred, gt)
+
+
 @pytest.mark.parametrize('seed', range(4))
 def test_far_glands_like_the_slow_version(seed):
     # nearly nothing overlaps: the search for the nearest object decides
@@ -283,6 +298,22 @@ def test_two_shifted_squares():
     scores = standard_metrics(pred, gt)
     equal([scores['aji'], scores['aji_plus'], scores['aji_fullnet'], scores['dice']], [42 / 158] * 3 + [0.42])
     assert scores['pq'] == scores['dq'] == scores['sq'] == scores['f1'] == scores['ap50'] == scores['map'] == 0
+
+
+@pytest.mark.parametrize('shift, matches', [(105, True), (108, False)])
+def test_two_shifted_discs_below_and_above_the_threshold(shift, matches):
+    # radius 200: their common lens is 2 r^2 acos(d / 2r) - d / 2 sqrt(4 r^2 - d^2), IoU 0.5 at d = 106.4
+    y, x = np.ogrid[:410, :520]
+    gt, pred = ((y - 205) ** 2 + (x - 205 - d) ** 2 <= 200 ** 2 for d in (0, shift))
+    lens = 2 * 200 ** 2 * np.arccos(shift / 400) - shift / 2 * np.sqrt(400 ** 2 - shift ** 2)
+    overlap = lens / (2 * np.pi * 200 ** 2 - lens)
+    assert (overlap > 0.5) == matches
+    nuclei, scores = nuclei_accuracy_object_level(pred, gt), standard_metrics(pred, gt)
+    equal([nuclei.iou, nuclei.AJI, scores['aji']], overlap, 1e-3)
+    equal([nuclei.dice, scores['dice']], 2 * overlap / (1 + overlap), 1e-3)
+    assert nuclei.hausdorff == shift
+    equal([scores['pq'], scores['dq'], scores['sq'], scores['ap50']], [overlap * matches, matches, overlap * matches,
+                                                                      matches], 1e-3)
 
 
 def test_perfect_prediction():

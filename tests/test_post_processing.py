@@ -209,7 +209,7 @@ def test_seeds_at_h_maxima_split_objects_and_join_none():
     assert np.array_equal(split > 0, cores > 0) and len(np.unique(split)) > len(np.unique(cores))
     for part in np.unique(split[split > 0]):
         assert len(np.unique(cores[split == part])) == 1
-    assert np.array_equal(dilate(split, 2), study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05}))
+    assert np.array_equal(dilate(split.copy(), 2), study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05}))
     grown = study.segment_maps(image, PUBLISHED | {'h_maxima': 0.05, 'grow': 0.5})
     assert np.array_equal(grown, grow_objects(split, image.inside, image.contour, 0.5))
 

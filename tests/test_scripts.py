@@ -1,4 +1,5 @@
 """The scripts around the project."""
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,29 @@ from PIL import Image
 
 from scripts import demo_report
 from utils import InputError, load_checkpoint, save_checkpoint, save_image, save_instances
+
+
+@pytest.mark.parametrize('script, words, message', [
+    ('ablation', '', 'the following arguments are required: --data-dir'),
+    ('benchmark', 'nonsense', "argument what: invalid choice: 'nonsense'"),
+    ('benchmark', 'large --model-path x', 'large needs --model-path, and there is no x'),
+    ('benchmark', 'windows', 'windows needs --model-path, a file; it was not given'),
+    ('demo_report', '', 'the following arguments are required: --data-dir, --result-dir, --out'),
+    ('export_geojson', '', 'the following arguments are required: results'),
+    ('export_pretrained', '--run x', 'the following arguments are required: --data-dir'),
+    ('fuzz', '--count many', "argument --count: invalid int value: 'many'"),
+    ('make_demo_data', 'x --sise 3', 'unrecognized arguments: --sise 3'),
+    ('make_report', 'x --open', 'unrecognized arguments: --open'),
+    ('otsu_baseline', '--img-dir x', 'the following arguments are required: --label-dir'),
+    ('study_post_processing', 'x', 'the following arguments are required: --label-dir'),
+    ('verify_pretrained', '--wrong', 'unrecognized arguments: --wrong'),
+])
+def test_a_wrong_command_line_is_one_line(script, words, message):
+    with pytest.raises(InputError) as refused:                     # of which run_script makes one line and exit code 2
+        importlib.import_module(f'scripts.{script}').main(words.split())
+    assert str(refused.value).startswith(message)
+    assert 'needs' in message or str(refused.value).endswith(f'(see python scripts/{script}.py --help)')
+
 
 TABLE = 'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.8\t0.7\t0.6\n'
 

@@ -1,7 +1,10 @@
 """Testing through its command line: the golden end-to-end numbers, files, what every option changes, refusals."""
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +345,53 @@ def test_scale_16bit_binary_labels_max_megapixels_and_gpu(images, tmp_path):
         segment(images, '--max-megapixels', '0.001')
     with pytest.raises(InputError, match='--gpu asks for GPU 99'):
         segment(images, '--gpu', '99,')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Memory and time of large images
+# ---------------------------------------------------------------------------------------------------
+
+MEASURED_RUN = """
+import sys
+from functools import partial
+
+import torch
+
+import test
+import utils
+from scripts.benchmark import peak_memory
+
+network = torch.nn.Conv2d(3, 3, 1)               # dark is inside
+network.weight.data[:] = torch.tensor([9., -9, 0])[:, None, None, None]
+network.bias.data[:] = torch.tensor([0., 0, -9])
+test.load_model = lambda *_: network
+test.predict_in_bands = partial(utils.predict_in_bands, band_pixels=int(sys.argv[1]))
+before = peak_memory()
+test.main(sys.argv[2:])
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='measures memory as Linux shows it')
+def test_the_memory_of_a_large_image(tmp_path):
+    """14 million pixels through test.py, with a network that needs no memory of its own; in one band for comparison."""
+    y, x = np.ogrid[:500, :500]
+    disc = np.hypot(y - 100, x - 60) < 50                             # some lie across the borders of windows and bands
+    image = np.where(np.tile(disc, (8, 7)), 60, 200).astype(np.uint8)[..., None].repeat(3, axis=2)
+    (tmp_path / 'set').mkdir()
+    tifffile.imwrite(tmp_path / 'set/large.tif', image, photometric='rgb')
+
+    def peak_gb(band_pixels):
+        words = [*TINY, '--img-dir', 'set', '--save-dir', 'out', '--tta', 'none', '--patch-size', '592', '--overwrite']
+        done = subprocess.run([sys.executable, '-c', MEASURED_RUN, str(band_pixels), *words], cwd=tmp_path, check=True,
+                              env=os.environ | {'PYTHONPATH': str(Path(test_script.__file__).parent)},
+                              capture_output=True, text=True)
+        return float(done.stdout.splitlines()[-1])
+    assert peak_gb(2 ** 20) < 0.4
+    label = tifffile.imread(tmp_path / 'out/set_segmentation/large_seg.tiff')
+    assert label.max() == 8 * 7                                        # each disc is one object
+    assert peak_gb(2 ** 40) > 0.5
+    assert np.array_equal(tifffile.imread(tmp_path / 'out/set_segmentation/large_seg.tiff'), label)
 
 
 # ---------------------------------------------------------------------------------------------------

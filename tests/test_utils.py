@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import utils
+from dataset import read_instance_label
 from FullNet import FullNet
 from utils import (InputError, WeightAverage, atomic_path, choose_device, dilate, disk, load_checkpoint, load_weights,
                    orient, orient_back, post_process, predict_in_bands, predict_probabilities, remove_small_components,
@@ -311,6 +312,15 @@ def test_instances_are_saved_with_the_depth_they_need(tmp_path):
         save_instances(tmp_path / 'b.png', label)
 
 
+def test_instances_above_4_gb_are_a_bigtiff(tmp_path, monkeypatch):
+    label = np.arange(300 * 300).reshape(300, 300) % 500
+    for limit, version in ((utils.BIG, 42), (100_000, 43)):
+        monkeypatch.setattr(utils, 'BIG', limit)
+        save_instances(tmp_path / 'a.tiff', label)
+        assert (tmp_path / 'a.tiff').read_bytes()[:4] == b'II' + bytes([version, 0])
+        assert np.array_equal(read_instance_label(tmp_path / 'a.tiff'), label)
+
+
 def test_gpu_option_chooses_the_device():
     assert choose_device([]).type == 'cpu'
     assert choose_device('auto').type in ('cpu', 'cuda', 'mps')
@@ -387,4 +397,5 @@ def test_bands_are_the_sliding_window_of_the_whole_image(tta, height, width, siz
 def test_dilation_in_pieces_is_that_of_the_whole(rows):
     label = np.random.default_rng(0).integers(-30, 9, (40, 31)).clip(0)
     for radius in (0, 1, 3):
-        assert np.array_equal(dilate(label, radius, rows), ndimage.grey_dilation(label, footprint=disk(radius)))
+        expected = ndimage.grey_dilation(label, footprint=disk(radius))
+        assert np.array_equal(dilate(label.copy(), radius, rows), expected)
