@@ -34,7 +34,7 @@ from tqdm import tqdm
 from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ignore_interrupt, image_size, list_images,
                      missing_files_message, note, open_image, read_image, read_instance_label, refuse_same_folder)
 from options import Options
-from utils import InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
+from utils import FolderLock, InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
 from weight_map import encode_weight_map, label_name, weight_map
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -587,6 +587,7 @@ def prepare(dataset, options):
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         height, width = image_size(source.image, settings.max_megapixels)
         planned |= {file.path for file in planned_files(dataset, source, height, width, settings.patch_size)}
+    lock = FolderLock(data_dir)
     remove_outdated(data_dir, planned, {source.name for source in sources})
 
     (data_dir / 'mean_std.npy').unlink(missing_ok=True)
@@ -612,6 +613,7 @@ def prepare(dataset, options):
         report |= count_grades(Path(options['raw_dir']), parts)
     write_text(data_dir / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
     save_mean_std(data_dir / 'mean_std.npy', mean_std)
+    lock.release()
     return report
 
 

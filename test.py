@@ -21,9 +21,9 @@ from dataset import check_mean_std, find_labels, list_images, load_mean_std, rea
 from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
-from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level, build_model,
-                   choose_device, find_edges, gland_accuracy_object_level, load_checkpoint, load_weights, match_objects,
-                   nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
+from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, OverlapTable, accuracy_pixel_level,
+                   build_model, choose_device, find_edges, gland_accuracy_object_level, load_checkpoint, load_weights,
+                   match_objects, nuclei_accuracy_object_level, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
                    write_text)
 
@@ -104,6 +104,7 @@ def main(argv=None):
     # 4. tables of results
     if test['label_dir']:
         print(out.save_tables([path.stem for path in images]), end='')
+    out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
 
 
@@ -203,6 +204,10 @@ def probability_bands(model, opt, mean_std, device, image):
     def scaled(image):
         if test['scale_factor'] != 1:
             size = [max(1, round(side * test['scale_factor'])) for side in image.shape[1::-1]]
+            if size[0] * size[1] > test['max_megapixels'] * 1e6:
+                raise InputError(f'--scale-factor {test["scale_factor"]:g} makes an image of {size[0]} x {size[1]} '
+                                 f'pixels, more than {test["max_megapixels"]:g} megapixels; make it smaller, or '
+                                 f'--max-megapixels larger')
             image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
     precision = MixedPrecision(device, test['amp'])
@@ -273,7 +278,9 @@ def results_table(results, columns):
 class Results:
     """What test.py writes into `folder`: {set}_prob_maps/, {set}_segmentation/, {set}_records/ and the tables.
 
-    A record remembers of an image what it was computed of and its scores, so that it need not be computed again.
+    A record remembers of an image what it was computed of and its scores, so that it need not be computed again. Two
+    processes would mix their files under one record: the set is locked until `lock.release()`. Raises InputError if
+    another process has locked it.
     """
 
     def __init__(self, folder, set_name, opt, mean_std):
@@ -284,6 +291,7 @@ class Results:
                         sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
         self.records, self.kept = {}, []
+        self.lock = FolderLock(folder / f'{set_name}_records')
 
     def path(self, kind, name, ending):
         return self.folder / f'{self.set_name}_{kind}' / f'{name}{ending}'
