@@ -1,6 +1,7 @@
 """Reading images, labels and folders of them; the training set of (image, weight map, label)."""
 import atexit
 import io
+import logging
 import multiprocessing
 import signal
 import struct
@@ -374,11 +375,13 @@ def _decode_label(path, max_megapixels):
 
 def _read_tiff_32bit(path):
     import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
     try:
         with tifffile.TiffFile(path) as file:
-            if max(file.pages[0].databytecounts) > path.stat().st_size:        # that much would be asked for at once
+            page = file.pages[0]               # Pillow has seen that it is the only one; a damaged chain has no end
+            if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
                 raise ValueError('a strip is longer than the file')
-            return file.asarray()
+            return page.asarray()
     except Exception as error:
         raise damaged(path, error) from error
 

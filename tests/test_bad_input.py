@@ -1254,10 +1254,15 @@ def undisturbed(prepared, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('happens, goes_on_in', [(moved, 'run'), (missing, 'run'), (cleared, 'run'), (a_file, 'run_2'),
-                                                 (moved_and_replaced, 'run_2')])
-def test_the_run_folder_goes_away_while_training(here, prepared, undisturbed, monkeypatch, happens, goes_on_in):
-    """Training goes on in a complete new folder and says so; what was moved stays whole, what replaced it untouched."""
+@pytest.mark.parametrize('happens, goes_on_in, minutes', [
+    (moved, 'run', '0'), (moved, 'run', '10'), (missing, 'run', '0'), (cleared, 'run', '10'), (a_file, 'run_2', '0'),
+    (moved_and_replaced, 'run_2', '10')])
+def test_the_run_folder_goes_away_while_training(here, prepared, undisturbed, monkeypatch, happens, goes_on_in,
+                                                 minutes):
+    """Training goes on in a complete new folder and says so; what was moved stays whole, what replaced it untouched.
+
+    minutes: 0 = what is saved next is a checkpoint within the epoch; 10 = the results of the epoch.
+    """
     save_epoch, before = train.Run.save_epoch, set(os.listdir())
 
     def then(run, is_best):
@@ -1265,7 +1270,8 @@ def test_the_run_folder_goes_away_while_training(here, prepared, undisturbed, mo
         if run.state.epoch == 1:
             happens(here / 'run')
     monkeypatch.setattr(train.Run, 'save_epoch', then)
-    train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', 'run', '--epochs', '2'])
+    train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', 'run', '--epochs', '2', '--checkpoint-minutes',
+                minutes])
 
     was_moved = happens in (moved, moved_and_replaced)
     assert set(os.listdir()) - before == {'run', goes_on_in, *['elsewhere'] * was_moved}
@@ -1402,8 +1408,8 @@ def test_transforms_of_one_colour_and_one_class(one_class, shade):
 
 @pytest.mark.parametrize('size', [1, 1e4])
 @pytest.mark.parametrize('label', [np.zeros((9, 9)), np.ones((9, 9)), np.full((9, 9), 2), np.eye(9),
-                                   np.arange(81).reshape(9, 9) % 3], ids=['background', 'inside', 'contour', 'a line',
-                                                                          'all three'])
+                                   np.arange(81).reshape(9, 9) % 3, np.kron(np.ones((3, 3)), np.diag([0, 1, 0]))],
+                         ids=['background', 'inside', 'contour', 'a line', 'all three', 'single pixels'])
 def test_loss_and_scores_of_one_class(label, size):
     """However sure the network is, and of whichever class: loss, gradient and scores are finite."""
     target, weight = torch.from_numpy(label).long()[None], torch.full((1, 9, 9), 11.0)
