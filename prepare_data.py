@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import re
+import signal
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -592,7 +593,10 @@ def prepare(dataset, options):
 
     (data_dir / 'mean_std.npy').unlink(missing_ok=True)
     results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources], options['workers'])
-    records = list(tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None))
+    records = []
+    for record in tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None):
+        lock.check()
+        records.append(record)
     for message in dict.fromkeys(message for record in records for message in record['notes']):
         note(message)
     histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
@@ -661,8 +665,14 @@ def _in_processes(function, arguments, workers):
         yield from itertools.starmap(function, arguments)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt, (0,)) as pool:
+        # the processes inherit that they ignore Ctrl-C: it would end in a traceback of what they import
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for future in [pool.submit(function, *a) for a in arguments]:
+            futures = [pool.submit(function, *a) for a in arguments]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        try:
+            for future in futures:
                 yield future.result()
         except BrokenProcessPool:
             raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '

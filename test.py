@@ -316,6 +316,7 @@ class Results:
         files = []
 
         def place(kind, ending):
+            self.lock.check()
             files.append(self.path(kind, name, ending))
             return files[-1]
         save_image(place('prob_maps', '_prob_inside.png'), inside)
@@ -335,6 +336,7 @@ class Results:
                      for field, value in scores.table._asdict().items() if field not in ('pred_map', 'gt_map')}
             record |= {'published': scores.published, 'overlaps': table}
         self.records[name] = record
+        self.lock.check()
         write_text(self.path('records', name, '.json'), json.dumps(record) + '\n')
 
     def save_tables(self, names):

@@ -204,6 +204,12 @@ class FolderLock:
         except OSError:
             return False
 
+    def check(self):
+        """Raise InputError if the folder is no longer where it was: what is written now would lie apart."""
+        if not self.is_in_place():
+            raise InputError(f'{self.path.parent} was moved or deleted while it was written; run the same command '
+                             f'again, with the place where it is now: what is finished is kept')
+
     def release(self):
         """End the lock and remove its file."""
         atexit.unregister(self.release)

@@ -1030,6 +1030,7 @@ def test_training_without_mean_std(data):
     ('test', ['--n-layers', '5'], ['--dilations, --n-layers', '5']),
     ('test', ['--in-c', '1'], ['--in-c is 1', 'expected 3']),
     ('test', ['--max-megapixels', '0'], ['megapixels']),
+    ('test', ['--scale-factor', '1e9'], ['--scale-factor 1e+09 makes an image of 64000000000', 'megapixels']),
     ('test', ['--transform.test.scale', '0'], ['scale']),
     ('test', ['--transform.test.scale', '-8'], ['scale']),
     ('train', ['--batch-size', '0'], ['--batch-size is 0', 'at least 1']),
@@ -1107,6 +1108,12 @@ def test_odd_overlaps(here, data):
     pair(here)
     run_test(here, '--patch-size', '40', '--overlap', '13')
     assert tifffile.imread(here / 'out/images_segmentation/x_seg.tiff').shape == (64, 64)
+
+
+def test_images_shrunk_to_nothing(data):
+    """A pixel is left of them."""
+    run_train(data, '--transform.train.random_resize', '0.001', '0.002')
+    assert load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
 
 
 def test_a_batch_larger_than_the_data_set(data):
@@ -1233,6 +1240,27 @@ def test_programs_train_on_one_run(data):
 
 def moved(run):
     run.rename(run.with_name('elsewhere'))
+
+
+@pytest.mark.parametrize('script, module, function', [('prepare', prepare_data, 'write_record'),
+                                                      ('test', test_script, 'save_instances')])
+def test_results_that_are_moved_while_they_are_written(here, monkeypatch, script, module, function):
+    """They are not continued in a second folder; the first one is finished by the same command."""
+    pair(here)
+    write, calls = getattr(module, function), []
+
+    def then(*words):
+        write(*words)
+        calls.append(words)
+        if len(calls) == 2:
+            moved(here / 'out')
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, then)
+        refused(lambda: RUN[script](here), 'out', 'was moved or deleted while it was written', 'run the same command')
+    assert len(calls) == 2 and not list(here.glob('out/**/*.*'))
+    moved_to = here / 'elsewhere'
+    RUN[script](here, *(['--data-dir'] if script == 'prepare' else ['--save-dir']), str(moved_to))
+    assert (moved_to / ('mean_std.npy' if script == 'prepare' else 'images_test_result.txt')).is_file()
 
 
 def moved_and_replaced(run):
