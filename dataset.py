@@ -1,5 +1,7 @@
 """Reading images, labels and folders of them; the training set of (image, weight map, label)."""
 import atexit
+import io
+import logging
 import multiprocessing
 import signal
 import struct
@@ -13,7 +15,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.io import loadmat
 
-from utils import InputError
+from utils import InputError, check_name
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
 LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
@@ -44,8 +46,7 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
         raise InputError(f'expected a folder, found a file: {folder}')
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
     for name in names:
-        if not name.isprintable() and any('\ud800' <= c <= '\udfff' for c in name):        # bytes that are no UTF-8
-            raise InputError(f'{folder}: the file name {ascii(name)} is not UTF-8; rename the file')
+        check_name(name, folder)
     paths = [folder / n for n in names if Path(n).suffix.lower() in extensions]
     if not paths:
         slide = next((n for n in names if Path(n).suffix.lower() in WHOLE_SLIDE_EXTENSIONS), None)
@@ -320,8 +321,10 @@ def _load_mat(path):
     if not path.is_file():
         raise InputError(f'no such file: {path}')
     try:
-        _check_mat(path)
-        contents = loadmat(path, variable_names=['inst_map'])
+        data = path.read_bytes()
+        _check_mat(data)
+        # from memory: a damaged size of gigabytes then gets no more than there is
+        contents = loadmat(io.BytesIO(data), variable_names=['inst_map'])
     except NotImplementedError as error:
         raise InputError(f'{path} is a MATLAB file of version 7.3; save it with -v7') from error
     except Exception as error:       # loadmat raises almost anything on damaged data
@@ -334,10 +337,9 @@ def _load_mat(path):
     return contents['inst_map']
 
 
-def _check_mat(path):
+def _check_mat(data):
     """Raise ValueError if a data element of a MATLAB 5 file is of an unknown type: SciPy looks that up unchecked, and
-    the process crashes."""
-    data = path.read_bytes()
+    the process crashes. data: the bytes of the file."""
     order = {b'IM': '<', b'MI': '>'}.get(data[126:128])
     if order and 1 in data[124:126]:                   # version 1; 7.3 is 2, which is not made of elements
         _check_elements(memoryview(data)[128:], order)
@@ -373,8 +375,13 @@ def _decode_label(path, max_megapixels):
 
 def _read_tiff_32bit(path):
     import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
     try:
-        return tifffile.imread(path)
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]               # Pillow has seen that it is the only one; a damaged chain has no end
+            if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
+                raise ValueError('a strip is longer than the file')
+            return page.asarray()
     except Exception as error:
         raise damaged(path, error) from error
 

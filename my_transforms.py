@@ -68,7 +68,7 @@ class RandomResize(RandomTransform):
     @staticmethod
     def resize(image, factor):
         width, height = image.size
-        new_width, new_height = int(width * factor), int(height * factor)
+        new_width, new_height = max(1, int(width * factor)), max(1, int(height * factor))
         resized = image.resize((new_width, new_height), Image.BILINEAR)
         if factor >= 1:
             return resized

@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import re
+import signal
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ignore_interrupt, image_size, list_images,
                      missing_files_message, note, open_image, read_image, read_instance_label, refuse_same_folder)
 from options import Options
-from utils import InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
+from utils import FolderLock, InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
 from weight_map import encode_weight_map, label_name, weight_map
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -587,11 +588,15 @@ def prepare(dataset, options):
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         height, width = image_size(source.image, settings.max_megapixels)
         planned |= {file.path for file in planned_files(dataset, source, height, width, settings.patch_size)}
+    lock = FolderLock(data_dir)
     remove_outdated(data_dir, planned, {source.name for source in sources})
 
     (data_dir / 'mean_std.npy').unlink(missing_ok=True)
     results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources], options['workers'])
-    records = list(tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None))
+    records = []
+    for record in tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None):
+        lock.check()
+        records.append(record)
     for message in dict.fromkeys(message for record in records for message in record['notes']):
         note(message)
     histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
@@ -612,6 +617,7 @@ def prepare(dataset, options):
         report |= count_grades(Path(options['raw_dir']), parts)
     write_text(data_dir / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
     save_mean_std(data_dir / 'mean_std.npy', mean_std)
+    lock.release()
     return report
 
 
@@ -659,8 +665,14 @@ def _in_processes(function, arguments, workers):
         yield from itertools.starmap(function, arguments)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt, (0,)) as pool:
+        # the processes inherit that they ignore Ctrl-C: it would end in a traceback of what they import
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for future in [pool.submit(function, *a) for a in arguments]:
+            futures = [pool.submit(function, *a) for a in arguments]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        try:
+            for future in futures:
                 yield future.result()
         except BrokenProcessPool:
             raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '

@@ -21,7 +21,7 @@ from dataset import check_mean_std, find_labels, list_images, load_mean_std, rea
 from my_transforms import get_transforms
 from options import Options
 from prepare_data import Reinhard_normalizer
-from utils import (AverageMeter, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
+from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
                    build_model, choose_device, find_edges, gland_scores_of, inside_mask, load_checkpoint, load_weights,
                    match_objects, nuclei_scores_of, overlap_table, pool, post_process, predict_in_bands,
                    predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
@@ -80,7 +80,7 @@ def main(argv=None):
     if test['label_dir']:
         labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
     set_name = (images[0] if single else Path(test['img_dir']) / 'x').resolve().parent.name
-    out = Results(Path(test['save_dir']), set_name, opt, mean_std)
+    out = Results(Path(test['save_dir']), set_name, opt, mean_std, processes.rank)
     if processes.rank == 0:
         opt.save(out.folder)
 
@@ -113,6 +113,7 @@ def main(argv=None):
             if path.stem not in out.records:                         # another process's, which left a record
                 out.is_finished(path, label_path)
         print(out.save_tables([path.stem for path in images]), end='')
+    out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
 
 
@@ -212,6 +213,10 @@ def probability_bands(model, opt, mean_std, device, image):
     def scaled(image):
         if test['scale_factor'] != 1:
             size = [max(1, round(side * test['scale_factor'])) for side in image.shape[1::-1]]
+            if size[0] * size[1] > test['max_megapixels'] * 1e6:
+                raise InputError(f'--scale-factor {test["scale_factor"]:g} makes an image of {size[0]} x {size[1]} '
+                                 f'pixels, more than {test["max_megapixels"]:g} megapixels; make it smaller, or '
+                                 f'--max-megapixels larger')
             image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
     precision = MixedPrecision(device, test['amp'])
@@ -284,10 +289,12 @@ def results_table(results, columns):
 class Results:
     """What test.py writes into `folder`: {set}_prob_maps/, {set}_segmentation/, {set}_records/ and the tables.
 
-    A record remembers of an image what it was computed of and its scores, so that it need not be computed again.
+    A record remembers of an image what it was computed of and its scores, so that it need not be computed again. Two
+    processes would mix their files under one record: the set is locked until `lock.release()`. Raises InputError if
+    another process has locked it, other than those of other `rank` that share its images.
     """
 
-    def __init__(self, folder, set_name, opt, mean_std):
+    def __init__(self, folder, set_name, opt, mean_std, rank=0):
         self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
         ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
                    'batch_size', 'overwrite')
@@ -295,6 +302,7 @@ class Results:
                         sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
         self.records, self.kept = {}, []
+        self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
     def path(self, kind, name, ending):
         return self.folder / f'{self.set_name}_{kind}' / f'{name}{ending}'
@@ -319,6 +327,7 @@ class Results:
         files = []
 
         def place(kind, ending):
+            self.lock.check()
             files.append(self.path(kind, name, ending))
             return files[-1]
         save_image(place('prob_maps', '_prob_inside.png'), inside)
@@ -338,6 +347,7 @@ class Results:
                      for field, value in scores.table._asdict().items() if field not in ('pred_map', 'gt_map')}
             record |= {'published': scores.published, 'overlaps': table}
         self.records[name] = record
+        self.lock.check()
         write_text(self.path('records', name, '.json'), json.dumps(record) + '\n')
 
     def save_tables(self, names):

@@ -1,5 +1,7 @@
 """Train FullNet: `python train.py`, with the options of options.py or the command line."""
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -20,7 +22,7 @@ from dataset import DataFolder, EpochBatches, ignore_interrupt, load_mean_std
 from loss import VarCELoss
 from my_transforms import get_transforms
 from options import Options
-from utils import (AverageMeter, InputError, MixedPrecision, Processes, StopRequest, WeightAverage,
+from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, Processes, StopRequest, WeightAverage,
                    accuracy_pixel_level, atomic_path, build_model, load_checkpoint, load_weights, run_script,
                    save_checkpoint, save_image, sha256_of, split_forward, write_text)
 
@@ -88,7 +90,7 @@ def main(argv=None):
         log.info(f'resumed from {train["checkpoint"]}: {state.epoch} epochs and {state.batch} steps done')
 
     # 5. epochs
-    with StopRequest(processes) as stop, processes.watched(run.how_to_go_on):
+    with StopRequest(processes) as stop, run, processes.watched(run.how_to_go_on):
         network = processes.share(model)
         while state.step < state.total_steps or state.batch > 0:
             train_epoch(state, network, train_loader, criterion, train, processes, precision, run, stop)
@@ -419,6 +421,11 @@ def take_options_of_run(opt, checkpoint):
             opt.transform[split] = dict(before)
 
 
+def is_free(folder):
+    """Whether a folder is not there, or holds nothing but a lock."""
+    return not folder.exists() or (folder.is_dir() and all(path.name == '.lock' for path in folder.iterdir()))
+
+
 def refuse_change(name, value, before, path):
     raise InputError(f'--{name.replace("_", "-")} is {value}, but the run of {path} has {before}, and it cannot '
                      f'change when a run is resumed; leave it out, or start a new run')
@@ -429,30 +436,62 @@ def refuse_change(name, value, before, path):
 # ---------------------------------------------------------------------------------------------------
 
 class Run:
-    """The run folder and what is written there. Raises InputError if the folder holds another run."""
+    """The run folder and what is written there; a context manager, whose end unlocks the folder.
+
+    Raises InputError if the folder holds another run, or another process writes there.
+    """
 
     def __init__(self, state, opt, mean_std):
-        self.state, self.opt, self.mean_std = state, opt, mean_std
-        self.folder = Path(opt.train['save_dir'])
-        self.checkpoints = self.folder / 'checkpoints'
-        if not opt.train['checkpoint'] and self.folder.exists() and any(self.folder.iterdir()):
+        self.state, self.opt, self.mean_std, self.info = state, opt, mean_std, None
+        self.lock = FolderLock(opt.train['save_dir'])
+        folder = Path(opt.train['save_dir'])
+        if not opt.train['checkpoint'] and not is_free(folder):
             if not opt.train['overwrite']:
-                raise InputError(f'{self.folder} is not empty; resume with --checkpoint-path '
-                                 f'{self.checkpoints}/checkpoint.pth.tar, choose another --save-dir, or replace the '
+                self.lock.release()
+                raise InputError(f'{folder} is not empty; resume with --checkpoint-path '
+                                 f'{folder}/checkpoints/checkpoint.pth.tar, choose another --save-dir, or replace the '
                                  f'run with --overwrite True')
             for name in RUN_FILES:
-                path = self.folder / name
+                path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.begin(folder)
+        self.last_saved, self.last_grid = time.monotonic(), state.epoch
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.lock.release()
+
+    def begin(self, folder):
+        """Write into this folder from now on."""
+        self.folder, self.checkpoints = folder, folder / 'checkpoints'
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        opt.save(self.folder)
+        self.opt.save(folder)
+        if self.info:
+            write_text(folder / 'run_info.json', self.info)
         log.handlers.clear()
         log.setLevel(logging.INFO)
         log.propagate = False
         log.addHandler(logging.StreamHandler())
-        log.addHandler(logging.FileHandler(self.folder / 'train.log', encoding='utf-8'))
+        log.addHandler(logging.FileHandler(folder / 'train.log', encoding='utf-8'))
         self.write_results()
-        self.writer = SummaryWriter(self.folder / 'tb_logs', purge_step=state.epoch + 1)
-        self.last_saved, self.last_grid = time.monotonic(), state.epoch
+        self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
+
+    def stay(self):
+        """Before something is saved: if the folder was moved, deleted or emptied, go on in a new one of this name."""
+        if self.lock.is_in_place() and self.checkpoints.is_dir():
+            return
+        before = folder = self.folder
+        if not self.lock.is_in_place():
+            names = itertools.chain([before], (Path(f'{before}_{k}') for k in itertools.count(2)))
+            folder = next(filter(is_free, names))
+            self.lock.release()
+            self.lock = FolderLock(folder)
+            self.opt.train['save_dir'] = str(folder)
+        self.begin(folder)
+        log.warning(f'{before} was moved, emptied or deleted while the training ran; '
+                    f'it goes on in {folder}, without the earlier checkpoints')
 
     def save_info(self, *datasets):
         """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
@@ -463,10 +502,12 @@ class Run:
                  for dataset in datasets for item in dataset.items for path in item}
         info = {'python': platform.python_version(), 'packages': packages, 'commit': git.stdout.strip() or None,
                 'seed': self.opt.train['seed'], 'files': files}
-        write_text(self.folder / 'run_info.json', json.dumps(info, indent=1) + '\n')
+        self.info = json.dumps(info, indent=1) + '\n'
+        write_text(self.folder / 'run_info.json', self.info)
 
     def log_epoch(self, row):
         """One line of the log, TensorBoard, epoch_results.txt and learning_curve.png."""
+        self.stay()
         text = 'epoch %d  train: loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f' % tuple(row[:6])
         if not math.isnan(row[6]):
             text += '  val: loss %.4f  acc %.4f  IoU %.4f' % tuple(row[6:])
@@ -519,11 +560,14 @@ class Run:
         return self.checkpoints / 'checkpoint.pth.tar'
 
     def save_latest(self):
+        self.stay()
         checkpoint = self.state.as_checkpoint()
         checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
         try:
             save_checkpoint(self.latest, checkpoint)
         except OSError as error:
+            if not self.lock.is_in_place():                            # the folder was moved in this very moment
+                return self.save_latest()
             raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then go on '
                              f'with: python train.py --checkpoint-path {self.latest}') from error
         self.last_saved = time.monotonic()
@@ -553,7 +597,7 @@ class Run:
         log.info(f'stopped; go on with: python train.py --checkpoint-path {self.latest}')
 
 
-class Onlooker:
+class Onlooker(contextlib.nullcontext):
     """Stands for the Run in all processes but one: whatever they would write, they do not."""
 
     def __getattr__(self, name):

@@ -1,5 +1,6 @@
 """What the scripts share: user errors, safe saving, sliding window, post-processing, metrics."""
 import argparse
+import atexit
 import contextlib
 import copy
 import datetime
@@ -8,6 +9,7 @@ import hashlib
 import io
 import os
 import pickle
+import platform
 import re
 import signal
 import sys
@@ -31,6 +33,12 @@ from tqdm import tqdm
 
 from FullNet import create_model
 
+try:
+    import fcntl
+except ImportError:                                # Windows
+    import msvcrt
+    fcntl = None
+
 
 # ---------------------------------------------------------------------------------------------------
 # Errors and script exit codes
@@ -50,17 +58,22 @@ class Parser(argparse.ArgumentParser):
 def run_script(main):
     """Run `main()` as a program and exit with 0 (done), 2 (the user can mend it), 130 / 143 (SIGINT / SIGTERM).
 
-    An `InputError`, a missing or forbidden file and a full disk are one line on stderr. Any other
+    An `InputError`, a missing or forbidden file, a full disk and too little memory are one line on stderr. Any other
     exception is a bug of ours: it keeps its traceback and exits with 1.
     """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:                            # closed by the shell, as `>&-` does
+            setattr(sys, name, open(os.devnull, 'w'))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')         # file names that the terminal cannot show
-    warnings.showwarning = lambda message, *_: print(f'note: {message}', file=sys.stderr)
+    warnings.showwarning = lambda message, *_: _say(f'note: {message}')
     if int(os.environ.get('RANK', 0)) > 0:                        # of the processes that torchrun started one speaks
         sys.stdout = open(os.devnull, 'w')
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
     try:
+        for word in sys.argv[1:]:
+            check_name(word)
         main()
         sys.stdout.flush()
     except InputError as error:
@@ -76,6 +89,12 @@ def run_script(main):
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
                            errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
             _exit_with(2, f'error: {error.strerror}: {error.filename}')
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            said = (str(error) or type(error).__name__).splitlines()[0][:100]
+            _exit_with(2, f'error: not enough memory ({said}); make the images, --patch-size, --input-size, '
+                          f'--batch-size or the network smaller')
         raise
     except KeyboardInterrupt:
         _exit_with(130, 'interrupted')
@@ -107,8 +126,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         if self.processes.rank == 0:
-            print('\nstopping after this step, with a checkpoint' + '; once more to stop at once' * alone,
-                  file=sys.stderr)
+            _say('\nstopping after this step, with a checkpoint' + '; once more to stop at once' * alone)
 
     def check(self, save):
         number = self.processes.largest(self.signal or 0)
@@ -118,8 +136,21 @@ class StopRequest:
             sys.exit(128 + number)
 
 
+def check_name(name, place='the command line'):
+    """Raise InputError if a name holds bytes that Python could not decode: no text file could hold it."""
+    if any('\ud800' <= character <= '\udfff' for character in name):
+        encoding = sys.getfilesystemencoding()
+        remedy = 'rename it' if encoding == 'utf-8' else f'Python reads names as {encoding}: set PYTHONUTF8=1'
+        raise InputError(f'{place}: the name {ascii(name)} is not UTF-8; {remedy}')
+
+
+def _say(message):
+    with contextlib.suppress(OSError):            # nobody reads it: Ctrl-C ends `tee` too in `train.py 2>&1 | tee log`
+        print(message, file=sys.stderr)
+
+
 def _exit_with(code, message):
-    print(' '.join(message.split('\n')).strip(), file=sys.stderr)
+    _say(' '.join(message.split('\n')).strip())
     sys.exit(code)
 
 
@@ -144,6 +175,77 @@ def atomic_path(path):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+class FolderLock:
+    """A lock of the system on `folder/.lock`, so that at most one process writes into a folder. Makes the folder.
+
+    It ends with `release()`, or with the process, however that ends: the file that a killed one leaves locks nothing.
+    Other computers see it if their file system has locks; on one that has none there is a note, and no lock. A process
+    may lock a folder again. Of torchrun's processes, those that share a folder lock it once for every `rank`. Raises
+    InputError that names the process which holds the lock.
+    """
+
+    def __init__(self, folder, rank=0):
+        self.path = Path(folder) / f'.lock{rank or ""}'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self._open()
+        if not self.is_in_place():                 # its last owner removed it between opening and locking
+            os.close(self.file)
+            self.file = self._open()
+        os.truncate(self.file, 0)
+        os.write(self.file, f'process {os.getpid()} on {platform.node()}\n'.encode())
+        atexit.register(self.release)
+
+    def _open(self):
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(file)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(file, 1000).decode(errors='replace').strip()
+            os.close(file)
+            raise InputError(f'{self.path.parent} is being written by another process ({owner or "just started"}); '
+                             f'wait until it has ended, or choose another folder') from None
+        except OSError as error:
+            warnings.warn(f'{self.path.parent} cannot be locked ({error.strerror}): let only one process write there',
+                          stacklevel=3)
+        return file
+
+    def is_in_place(self):
+        """Whether the folder still is where it was, and the lock in it."""
+        try:
+            return os.path.samestat(os.fstat(self.file), os.stat(self.path))
+        except OSError:
+            return False
+
+    def check(self):
+        """Raise InputError if the folder is no longer where it was: what is written now would lie apart."""
+        if not self.is_in_place():
+            raise InputError(f'{self.path.parent} was moved or deleted while it was written; run the same command '
+                             f'again, with the place where it is now: what is finished is kept')
+
+    def release(self):
+        """End the lock and remove its file."""
+        atexit.unregister(self.release)
+        if self.file is not None:
+            if self.is_in_place():
+                with contextlib.suppress(OSError):                       # Windows removes no open file
+                    self.path.unlink()
+            os.close(self.file)
+            self.file = None
+
+
+def _lock(file):
+    """Lock an open file for this process. Raises BlockingIOError or PermissionError if another process has done so.
+
+    A lock by lockf belongs to the process: its loader processes do not inherit it, so that none is left by a kill.
+    """
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        os.lseek(file, 2 ** 30, os.SEEK_SET)                             # a locked byte cannot be read
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
 
 
 def write_text(path, text):

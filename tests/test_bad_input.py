@@ -8,15 +8,19 @@ import errno
 import functools
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
+import urllib.request
 import warnings
 import zlib
 from pathlib import Path
@@ -27,14 +31,19 @@ import tifffile
 import torch
 from miniature import SMALL, make_multi_organ, nuclei, pixels
 from PIL import Image
+from skimage.color import rgb2lab
 from test_prepare_data import annotation_xml, rectangle
 
+import my_transforms
 import prepare_data
 import test as test_script
 import train
+import utils
 import weight_map
+from loss import VarCELoss
 from prepare_data import ternary_label
-from utils import InputError, build_model, load_checkpoint, run_script
+from utils import (FolderLock, InputError, build_model, gland_accuracy_object_level, load_checkpoint,
+                   nuclei_accuracy_object_level, run_script, standard_metrics)
 
 ROOT = Path(__file__).parents[1]
 MODEL = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=2, drop_rate=0.1, compress_ratio=0.5,
@@ -879,13 +888,21 @@ def as_type(dtype):
     return change
 
 
+def on_cuda(path):
+    """Its tensors say that they were on the second GPU."""
+    with unittest.mock.patch('torch.serialization.location_tag', lambda storage: 'cuda:1'):
+        published(path)
+    assert b'cuda:1' in path.read_bytes()
+
+
 @pytest.mark.parametrize('content, note', [
     (changed(as_type(torch.float16)), 'net.pth.tar: float16 weights, converted to float32'),
     (changed(as_type(torch.float64)), 'net.pth.tar: float64 weights, converted to float32'),
     (changed(as_type(torch.bfloat16)), 'net.pth.tar: bfloat16 weights, converted to float32'),
     (lambda path: torch.save({'state_dict': network().state_dict()}, path), ''),                  # no module. prefix
     (published, ''),
-], ids=['float16', 'float64', 'bfloat16', 'without module.', 'published'])
+    (on_cuda, ''),
+], ids=['float16', 'float64', 'bfloat16', 'without module.', 'published', 'saved on CUDA'])
 def test_accepted_checkpoints(here, prepared, content, note):
     pair(here)
     run_test(here)
@@ -1013,6 +1030,7 @@ def test_training_without_mean_std(data):
     ('test', ['--n-layers', '5'], ['--dilations, --n-layers', '5']),
     ('test', ['--in-c', '1'], ['--in-c is 1', 'expected 3']),
     ('test', ['--max-megapixels', '0'], ['megapixels']),
+    ('test', ['--scale-factor', '1e9'], ['--scale-factor 1e+09 makes an image of 64000000000', 'megapixels']),
     ('test', ['--transform.test.scale', '0'], ['scale']),
     ('test', ['--transform.test.scale', '-8'], ['scale']),
     ('train', ['--batch-size', '0'], ['--batch-size is 0', 'at least 1']),
@@ -1092,6 +1110,12 @@ def test_odd_overlaps(here, data):
     assert tifffile.imread(here / 'out/images_segmentation/x_seg.tiff').shape == (64, 64)
 
 
+def test_images_shrunk_to_nothing(data):
+    """A pixel is left of them."""
+    run_train(data, '--transform.train.random_resize', '0.001', '0.002')
+    assert load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
+
+
 def test_a_batch_larger_than_the_data_set(data):
     """It is one short batch."""
     run_train(data, '--batch-size', '50')
@@ -1103,6 +1127,211 @@ def test_a_run_folder_that_is_in_use(data):
     before = (data / 'run/checkpoints/checkpoint.pth.tar').read_bytes()
     refused(lambda: run_train(data), f'{data}/run is not empty', '--checkpoint-path', '--overwrite True')
     assert (data / 'run/checkpoints/checkpoint.pth.tar').read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# Two processes in one folder, and a run folder that is moved
+# ---------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def written_by_another(folder):
+    """Another process has locked the folder; yields it."""
+    ready = multiprocessing.get_context('fork').Event()
+
+    def work():
+        FolderLock(folder)
+        ready.set()
+        time.sleep(600)
+    process = multiprocessing.get_context('fork').Process(target=work)
+    process.start()
+    try:
+        assert ready.wait(60)
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def files_in(folder):
+    paths = sorted(path for path in folder.rglob('*') if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize('script, locked', [('prepare', 'out'), ('test', 'out/images_records'), ('train', 'run')])
+def test_a_folder_that_another_process_writes(here, prepared, script, locked):
+    """It is refused and nothing is changed there; once the other one is killed, its lock is too."""
+    pair(here)
+    words = ['--data-dir', str(prepared)] if script == 'train' else []
+    with written_by_another(here / locked) as other:
+        before = files_in(here)
+        refused(lambda: RUN[script](here, *words), f'{here / locked} is being written by another process',
+                f'process {other.pid} on', 'wait until it has ended')
+        assert files_in(here) == before
+    assert (here / locked / '.lock').exists()
+    RUN[script](here, *words)
+    assert not (here / locked / '.lock').exists()
+
+
+def test_two_image_sets_may_be_tested_at_a_time(here):
+    pair(here)
+    with written_by_another(here / 'out/other_records'):
+        run_test(here)
+    assert (here / 'out/images_test_result.txt').is_file()
+
+
+def test_a_process_is_not_in_its_own_way(here):
+    """As in a notebook, after an error left the first lock."""
+    first, second = FolderLock(here / 'run'), FolderLock(here / 'run')
+    assert first.is_in_place() and second.is_in_place()
+    second.release()
+    assert not first.is_in_place() and not (here / 'run/.lock').exists()
+    first.release()
+    first.release()                                                  # once more changes nothing
+
+
+def test_a_lock_file_that_its_last_owner_removes_is_locked_anew(here, monkeypatch):
+    """Between opening and locking: or the next process would make, and lock, another file of this name."""
+    lock, calls = utils._lock, []
+
+    def too_late(file):
+        if not calls:
+            (here / 'run/.lock').unlink()
+        calls.append(file)
+        lock(file)
+    monkeypatch.setattr(utils, '_lock', too_late)
+    held = FolderLock(here / 'run')
+    assert len(calls) == 2 and held.is_in_place()
+    held.release()
+
+
+def test_a_file_system_without_locks(data, monkeypatch):
+    def no_locks(file):
+        raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(utils, '_lock', no_locks)
+    assert 'run cannot be locked (No locks available): let only one process' in notes(lambda: run_train(data))
+    assert (data / 'run/checkpoints/checkpoint.pth.tar').is_file()
+
+
+def test_programs_train_on_one_run(data):
+    """Of two at the same moment one gets the folder. Later ones are told so too; after kill -9 it can be resumed."""
+    run, latest = ['--data-dir', '.', '--save-dir', 'run'], 'run/checkpoints/checkpoint.pth.tar'
+    both = [start('train', *SMALL, *run, '--epochs', '100000', '--workers', '1', start_new_session=True)
+            for _ in range(2)]
+    try:
+        while both[0].poll() is both[1].poll() is None:
+            time.sleep(0.05)
+        second, first = sorted(both, key=lambda process: process.poll() is None)
+        one_line(second, 2, 'run is being written by another process')
+        wait_for(data / latest, first)
+        for words in ([*SMALL, *run], [*SMALL, *run, '--overwrite', 'True'], ['--checkpoint-path', latest]):
+            refused(lambda: train.main(words), 'run is being written by another process', f'process {first.pid} on')
+        assert first.poll() is None and (data / 'run/.lock').exists()
+        first.kill()                                                 # not its loader process
+        first.wait()
+        done = load_checkpoint(latest)
+        train.main(['--checkpoint-path', latest, '--epochs', str(done['epoch'] + 1), '--workers', '0'])
+        assert load_checkpoint(latest)['epoch'] == done['epoch'] + 1
+        assert len((data / 'run/epoch_results.txt').read_text().splitlines()) == done['epoch'] + 2
+    finally:
+        for process in both:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def moved(run):
+    run.rename(run.with_name('elsewhere'))
+
+
+@pytest.mark.parametrize('script, module, function', [('prepare', prepare_data, 'write_record'),
+                                                      ('test', test_script, 'save_instances')])
+def test_results_that_are_moved_while_they_are_written(here, monkeypatch, script, module, function):
+    """They are not continued in a second folder; the first one is finished by the same command."""
+    pair(here)
+    write, calls = getattr(module, function), []
+
+    def then(*words):
+        write(*words)
+        calls.append(words)
+        if len(calls) == 2:
+            moved(here / 'out')
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, then)
+        refused(lambda: RUN[script](here), 'out', 'was moved or deleted while it was written', 'run the same command')
+    assert len(calls) == 2 and not list(here.glob('out/**/*.*'))
+    moved_to = here / 'elsewhere'
+    RUN[script](here, *(['--data-dir'] if script == 'prepare' else ['--save-dir']), str(moved_to))
+    assert (moved_to / ('mean_std.npy' if script == 'prepare' else 'images_test_result.txt')).is_file()
+
+
+def moved_and_replaced(run):
+    moved(run)
+    put(run / 'checkpoints/checkpoint.pth.tar', 'of another run')
+
+
+def cleared(run):
+    for path in run.iterdir():
+        if path.name != '.lock':
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope='module')
+def undisturbed(prepared, tmp_path_factory):
+    """The run folder of two epochs."""
+    folder = tmp_path_factory.mktemp('undisturbed') / 'run'
+    train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', str(folder), '--epochs', '2'])
+    return folder
+
+
+@pytest.mark.parametrize('happens, goes_on_in, minutes', [
+    (moved, 'run', '0'), (moved, 'run', '10'), (missing, 'run', '0'), (cleared, 'run', '10'), (a_file, 'run_2', '0'),
+    (moved_and_replaced, 'run_2', '10')])
+def test_the_run_folder_goes_away_while_training(here, prepared, undisturbed, monkeypatch, happens, goes_on_in,
+                                                 minutes):
+    """Training goes on in a complete new folder and says so; what was moved stays whole, what replaced it untouched.
+
+    minutes: 0 = what is saved next is a checkpoint within the epoch; 10 = the results of the epoch.
+    """
+    save_epoch, before = train.Run.save_epoch, set(os.listdir())
+
+    def then(run, is_best):
+        save_epoch(run, is_best)
+        if run.state.epoch == 1:
+            happens(here / 'run')
+    monkeypatch.setattr(train.Run, 'save_epoch', then)
+    train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', 'run', '--epochs', '2', '--checkpoint-minutes',
+                minutes])
+
+    was_moved = happens in (moved, moved_and_replaced)
+    assert set(os.listdir()) - before == {'run', goes_on_in, *['elsewhere'] * was_moved}
+    folder = Path(goes_on_in)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
+    checkpoint, expected = (load_checkpoint(run / 'checkpoints/checkpoint.pth.tar') for run in (folder, undisturbed))
+    assert all(torch.equal(checkpoint['state_dict'][key], value) for key, value in expected['state_dict'].items())
+    assert checkpoint['options']['train']['save_dir'] == goes_on_in
+    assert (folder / 'epoch_results.txt').read_text() == (undisturbed / 'epoch_results.txt').read_text()
+    said, *_, last = (folder / 'train.log').read_text().splitlines()
+    assert said.startswith(f'run was moved, emptied or deleted while the training ran; it goes on in {goes_on_in},')
+    assert last.startswith('done: 2 epochs') and len(list(folder.glob('tb_logs/events*'))) == 1
+    if was_moved:
+        assert load_checkpoint('elsewhere/checkpoints/checkpoint.pth.tar')['epoch'] == 1
+        assert len(Path('elsewhere/epoch_results.txt').read_text().splitlines()) == 2
+    if happens is moved_and_replaced:
+        assert files_in(here / 'run') == {'checkpoints/checkpoint.pth.tar': b'of another run'}
+    if happens is a_file:
+        assert Path('run').read_text() == 'a file'
+
+
+def test_the_run_folder_is_moved_in_the_moment_of_saving(data, monkeypatch):
+    """The checkpoint that could not be put in its place is written once more."""
+    replace, done = os.replace, []
+
+    def after_the_move(source, target):
+        if not done and str(target).endswith('checkpoint.pth.tar'):
+            done.append(moved(data / 'run'))
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', after_the_move)
+    run_train(data)
+    assert done and load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1169,21 +1398,85 @@ def test_regions_without_enough_vertices_are_noted(here):
 # Numerics
 # ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('objects', ['none', 'one that fills the image'])
+ONE_CLASS = {'background': ternary_label(np.zeros((64, 64), int)), 'inside': ternary_label(np.ones((64, 64), int)),
+             'contour': np.full((64, 64, 3), (0, 255, 0), np.uint8)}
+
+
+@pytest.mark.parametrize('one_class', ONE_CLASS)
 @pytest.mark.parametrize('shade', [0, 255])
-def test_training_on_one_colour_and_one_class(data, objects, shade):
-    instance = np.zeros((64, 64), int) if objects == 'none' else np.ones((64, 64), int)
+def test_training_on_one_colour_and_one_class(data, one_class, shade):
     for path in (data / 'images').glob('*/*.png'):
         put(path, np.full((64, 64, 3), shade, np.uint8))
     for path in (data / 'labels').glob('*/*.png'):
-        put(path, ternary_label(instance))
+        put(path, ONE_CLASS[one_class])
     for path in (data / 'weight_maps').glob('*/*.png'):
-        put(path, weight_map.encode_weight_map(weight_map.weight_map(instance)))
+        put(path, weight_map.encode_weight_map(weight_map.weight_map(np.ones((64, 64), int))))
     run_train(data)
     rows = (data / 'run/epoch_results.txt').read_text().splitlines()
     assert np.isfinite(np.array(rows[1].split('\t'), float)).all()
     weights = load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['state_dict']
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.mark.parametrize('one_class', ONE_CLASS)
+@pytest.mark.parametrize('shade', [0, 128, 255])
+def test_transforms_of_one_colour_and_one_class(one_class, shade):
+    """Every transform that there is, drawn anew ten times: nothing but finite numbers, and classes 0 to 2."""
+    words = {'random_resize': [0.5, 2], 'horizontal_flip': True, 'vertical_flip': True, 'random_affine': 0.9,
+             'random_elastic': [6, 15], 'random_rotation': 180, 'random_crop': 24, 'label_encoding': 2, 'to_tensor': 1,
+             'normalize': [[0.7, 0.5, 0.6], [1e-3, 0.2, 1]]}
+    assert set(words) | {'scale'} == set(my_transforms.TRANSFORMS)
+    images = [Image.fromarray(array) for array in (np.full((64, 64, 3), shade, np.uint8),
+                                                   np.full((64, 64), 220, np.uint8), ONE_CLASS[one_class])]
+    for seed in range(10):
+        image, weight, label = my_transforms.get_transforms(words)(images, np.random.default_rng(seed))
+        assert torch.isfinite(image).all() and torch.isfinite(weight.float()).all()
+        assert set(label.unique().tolist()) <= {0, 1, 2} and weight.float().max() <= 220
+
+
+@pytest.mark.parametrize('size', [1, 1e4])
+@pytest.mark.parametrize('label', [np.zeros((9, 9)), np.ones((9, 9)), np.full((9, 9), 2), np.eye(9),
+                                   np.arange(81).reshape(9, 9) % 3, np.kron(np.ones((3, 3)), np.diag([0, 1, 0]))],
+                         ids=['background', 'inside', 'contour', 'a line', 'all three', 'single pixels'])
+def test_loss_and_scores_of_one_class(label, size):
+    """However sure the network is, and of whichever class: loss, gradient and scores are finite."""
+    target, weight = torch.from_numpy(label).long()[None], torch.full((1, 9, 9), 11.0)
+    for predicted in range(3):
+        logits = torch.zeros(1, 3, 9, 9)
+        logits[:, predicted] = size
+        logits.requires_grad_()
+        losses = VarCELoss()(logits, target, weight)
+        losses[0].backward()
+        assert all(torch.isfinite(loss) for loss in losses) and torch.isfinite(logits.grad).all()
+        assert np.isfinite(train.pixel_results(logits, target)).all()
+        found, wanted = np.full((9, 9), predicted == 1, int), (label == 1).astype(int)
+        for score in (nuclei_accuracy_object_level, gland_accuracy_object_level):
+            values = score(found, wanted)._asdict()
+            apart = values.pop('hausdorff')                                      # of no pair: not a number
+            assert np.isfinite(list(values.values())).all() and (np.isfinite(apart) or not (found & wanted).any())
+        assert np.isfinite(list(standard_metrics(found, wanted).values())).all()
+
+
+@pytest.mark.parametrize('shade', [0, 128, 255])
+def test_normalising_one_colour(shade):
+    colours = prepare_data.Reinhard_normalizer().fit(plain()[0])
+    one_colour = colours.transform(np.full((8, 8, 3), shade, np.uint8))
+    assert np.abs(one_colour.astype(int) - one_colour[0, 0]).max() == 0
+    assert np.abs(rgb2lab(one_colour)[0, 0] - colours.mean).max() < 2            # the anchor's mean colour
+    flat = prepare_data.Reinhard_normalizer().fit(np.full((8, 8, 3), shade, np.uint8))
+    assert np.abs(flat.transform(plain()[0]).astype(int) - shade).max() <= 1     # an anchor of one colour
+
+
+@pytest.mark.parametrize('w0', [0, 1e-9, 1.3, 10, 250])
+@pytest.mark.parametrize('sigma', [1e-3, 0.5, 5, 1e6])
+def test_weights_are_finite_and_at_most_w0(w0, sigma):
+    labels = [plain()[1], np.arange(1, 401).reshape(20, 20), np.ones((9, 9), int), np.zeros((9, 9), int),
+              np.eye(9, dtype=int), np.arange(9).reshape(1, 9)]
+    for label in labels:
+        w = weight_map.weight_map(label, w0, sigma)
+        assert np.isfinite(w).all() and w.min() >= 0 and w.max() <= w0
+        stored = weight_map.encode_weight_map(w)
+        assert stored.min() >= 20 and stored.max() / 20 <= w0 + 1 + 0.025        # rounded to 0.05
 
 
 @pytest.mark.parametrize('w0', [0, 1.3, 10, 11.75])
@@ -1334,14 +1627,110 @@ def test_program_whose_output_nobody_reads(here):
     assert 'Traceback' not in error and 'Error' not in error and 'Exception' not in error, error
 
 
-def test_program_in_the_c_locale(here):
-    pair(here / 'Färbung 核', image_name='Gewebe ä.png', label_name='Gewebe ä.png')
-    process = start('test', *TEST, '--img-dir', 'Färbung 核/images', '--label-dir', 'Färbung 核/labels',
-                    '--model-path', 'net.pth.tar', '--data-dir', '.', '--save-dir', 'Färbung 核/out',
+ALL_SCRIPTS = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import prepare_data, test, train, utils, weight_map
+words = json.loads(sys.argv[2])
+for script in (prepare_data, train, test, weight_map):
+    sys.argv[1:] = words[script.__name__]
+    utils.run_script(script.main)
+"""
+
+
+def words_of_all(folder, out):
+    """Words for the four scripts, from the pair in `folder`; the one data set that is prepared there is trained on."""
+    pairs = ['--img-dir', f'{folder}/images', '--label-dir', f'{folder}/labels']
+    return {'prepare_data': [*PREPARE, *pairs, '--data-dir', f'{out}/data', '--patch-size', '64'],
+            'train': [*SMALL, '--data-dir', f'{out}/data', '--save-dir', f'{out}/run'],
+            'test': [*TEST, *pairs, '--model-path', f'{out}/run/checkpoints/checkpoint.pth.tar',
+                     '--save-dir', f'{out}/results'],
+            'weight_map': ['--label-dir', f'{folder}/labels', '--save-dir', f'{out}/weights']}
+
+
+def test_programs_in_the_c_locale(here):
+    """Names are UTF-8 whatever the locale, as Python has it."""
+    folder = 'Färbung 核'
+    pair(here / folder, image_name='Gewebe ä.png', label_name='Gewebe ä.png')
+    process = start(None, json.dumps([str(ROOT)]), json.dumps(words_of_all(folder, folder)), code=ALL_SCRIPTS,
                     env={**os.environ, 'LANG': 'C', 'LC_ALL': 'C'}, encoding='utf-8')
     output, error = process.communicate(timeout=120)
-    assert process.returncode == 0 and 'Gewebe ä' in output and 'Färbung 核/out' in output, error
-    assert (here / 'Färbung 核/out/images_segmentation/Gewebe ä_seg.tiff').is_file()
+    assert process.returncode == 0 and 'Gewebe ä' in output and 'Färbung 核/results' in output, error
+    assert (here / folder / 'results/images_segmentation/Gewebe ä_seg.tiff').is_file()
+    assert (here / folder / 'weights/Gewebe ä_weight.png').is_file()
+
+
+def test_program_when_python_reads_names_as_ascii(data):
+    """PYTHONUTF8=0 in the C locale: a name beyond ASCII is refused before anything is written."""
+    process = start('train', *SMALL, '--data-dir', '.', '--save-dir', 'Färbung', encoding='ascii',
+                    env={**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0'})
+    one_line(process, 2, 'the command line: the name', 'is not UTF-8; Python reads names as ascii: set PYTHONUTF8=1')
+    assert not (data / 'Färbung').exists()
+
+
+def test_scripts_whose_output_is_closed(here, monkeypatch):
+    """As after `>&- 2>&-`, when Python has no sys.stdout and no sys.stderr."""
+    pair(here)
+    words = words_of_all('.', 'out')
+    handler, show = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    try:
+        for script in (prepare_data, train, test_script, weight_map):
+            monkeypatch.setattr(sys, 'argv', [script.__name__, *words[script.__name__]])
+            monkeypatch.setattr(sys, 'stdout', None), monkeypatch.setattr(sys, 'stderr', None)
+            run_script(script.main)
+        with pytest.raises(SystemExit) as caught:
+            monkeypatch.setattr(sys, 'stderr', None)
+            run_script(lambda: weight_map.main(['--label-dir', 'nowhere', '--save-dir', 'out']))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        warnings.showwarning = show
+    assert caught.value.code == 2
+    made = files_in(here / 'out')
+    assert {'data/mean_std.npy', 'run/checkpoints/checkpoint.pth.tar', 'results/images_test_result.txt',
+            'weights/x_weight.png'} <= set(made)
+
+
+def test_training_is_interrupted_when_nobody_listens(data, monkeypatch):
+    """As Ctrl-C in `python train.py 2>&1 | tee log`, which ends tee too: the checkpoint is saved all the same."""
+    class Nobody(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+    monkeypatch.setattr(train.Run, 'save_if_due', lambda run: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, 'stderr', Nobody())
+    with pytest.raises(SystemExit) as caught:
+        run_train(data, '--epochs', '5')
+    assert caught.value.code == 130
+    assert load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['step'] == 1
+    assert 'go on with' in (data / 'run/train.log').read_text().splitlines()[-1]
+
+
+def test_nothing_is_fetched(here, monkeypatch):
+    """Offline, or not: no script asks for another computer."""
+    asked = []
+    for owner, name in ((socket.socket, 'connect'), (socket.socket, 'connect_ex'), (socket, 'getaddrinfo'),
+                        (socket, 'create_connection')):
+        monkeypatch.setattr(owner, name, lambda *words, **more: asked.append(words) or 1 / 0)
+    pair(here)
+    words = words_of_all('.', 'out')
+    for script in (prepare_data, train, test_script, weight_map):
+        script.main(words[script.__name__])
+    assert asked == []
+    with pytest.raises(ZeroDivisionError):
+        urllib.request.urlopen('http://127.0.0.1:9')                         # it would have been seen
+    assert asked
+
+
+@pytest.mark.parametrize('error, code', [(MemoryError(), 2), (torch.OutOfMemoryError('CUDA out of memory.\nTried'), 2),
+                                         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2),
+                                         (RuntimeError('another'), None)])
+def test_too_little_memory(error, code):
+    if code is None:
+        with pytest.raises(RuntimeError, match='another'):
+            line_of(error)
+    else:
+        line = line_of(error)
+        assert line.startswith('error: not enough memory (') and '--batch-size' in line and '\n' not in line
 
 
 def test_program_without_permission(open_folder):
