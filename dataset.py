@@ -469,6 +469,15 @@ def check_mean_std(array, path):
     return array.astype(np.float64)
 
 
+def batch_items(items):
+    """A batch of the items of a DataFolder. Raises InputError if their images differ in size."""
+    sizes = {tuple(item[0].shape[-2:]) for item in items}
+    if len(sizes) > 1:
+        raise InputError('images of a batch differ in size, ' + ' and '.join(f'{w} x {h}' for h, w in sorted(sizes))
+                         + ' pixels; crop them with --transform.train.random_crop, or use --batch-size 1')
+    return torch.utils.data.default_collate(items)
+
+
 class EpochBatches(torch.utils.data.Sampler):
     """Shuffled batches of the keys (index, seed, epoch) of a DataFolder; the last one may be short.
 

@@ -4,6 +4,7 @@ Edit the defaults here, or give any of them on the command line: `--batch-size 4
 `--transform.train.random_affine 0.2`. A default that depends on the data set is `by_dataset(...)`.
 """
 import json
+import math
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -11,6 +12,7 @@ from FullNet import LAYER_TYPES, NETWORKS, layer_dilations
 from utils import InputError, Parser, write_text
 
 DATASETS = ('MultiOrgan', 'GlaS')
+PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # empty only if left out
 
 
 class by_dataset(NamedTuple):
@@ -373,12 +375,16 @@ class Options:
         for group, options in self.groups.items():
             for name, option in options.items():
                 value, flag = getattr(self, group)[name], '--' + name.replace('_', '-')
+                if value == '' and (group, name) in self.given and name in PATHS:          # "$UNSET" in a shell
+                    raise InputError(f"{flag} is ''; expected a path, or leave it out")
                 if option.choices and value not in option.choices:
                     raise InputError(f"{flag} is '{value}'; expected one of {', '.join(option.choices)}")
                 if option.at_least is not None and not value >= option.at_least:      # `not >=` also catches NaN
                     raise InputError(f'{flag} is {value}; expected at least {option.at_least}')
                 if option.below is not None and not value < option.below:
                     raise InputError(f'{flag} is {value}; expected less than {option.below}')
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise InputError(f'{flag} is {value}; expected a finite number')
         if hasattr(self, 'model'):
             self._check_model()
         self._check_transforms()
@@ -394,14 +400,19 @@ class Options:
         for split, transforms in self.transform.items():
             for name, value in transforms.items():
                 flag = f'--transform.{split}.{name}'
+                if not all(math.isfinite(x) for x in (value if isinstance(value, (tuple, list)) else [value])):
+                    raise InputError(f'{flag} is {_show(value)}; expected finite numbers')
                 if name in at_least and not value >= at_least[name]:
                     raise InputError(f'{flag} is {value}; expected at least {at_least[name]}')
                 if name == 'random_resize' and not 0 < value[0] <= value[1]:
                     raise InputError(f'{flag} is {_show(value)}; expected two factors LO HI with 0 < LO <= HI')
                 if name == 'random_elastic' and not (value[0] >= 1 and value[1] >= 0):
                     raise InputError(f'{flag} is {_show(value)}; expected at least 1 point and a sigma of at least 0')
-            if 'to_tensor' not in transforms:
-                raise InputError(f'--transform.{split}.to_tensor is none; expected 1: the network needs tensors')
+            if transforms.get('to_tensor') != 1:
+                raise InputError(f'--transform.{split}.to_tensor is {transforms.get("to_tensor", "none")}; expected 1: '
+                                 f'the image becomes numbers, weight map and label stay whole numbers')
+            if 'label_encoding' not in transforms and split != 'test':
+                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: losses need classes')
 
     def _check_model(self):
         if self.model['in_c'] != 3:

@@ -588,36 +588,37 @@ def prepare(dataset, options):
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         height, width = image_size(source.image, settings.max_megapixels)
         planned |= {file.path for file in planned_files(dataset, source, height, width, settings.patch_size)}
-    lock = FolderLock(data_dir)
-    remove_outdated(data_dir, planned, {source.name for source in sources})
+    with FolderLock(data_dir) as lock:
+        remove_outdated(data_dir, planned, {source.name for source in sources})
 
-    (data_dir / 'mean_std.npy').unlink(missing_ok=True)
-    results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources], options['workers'])
-    records = []
-    for record in tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None):
-        lock.check()
-        records.append(record)
-    for message in dict.fromkeys(message for record in records for message in record['notes']):
-        note(message)
-    histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
-                    if source.split in ('train', 'val'))
-    mean_std = mean_std_of(histogram)
-    if (mean_std[1] == 0).any():
-        raise InputError('a colour channel has the same value in all pixels of all training and validation images; '
-                         'expected photographs: look at the images')
-    parts = {part: [name for name, *_ in group] for part, group in
-             itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
-    for sheet in set(data_dir.glob('contact_sheet_*.png')) - {data_dir / f'contact_sheet_{part}.png' for part in parts}:
-        sheet.unlink()
-    for part in tqdm(parts, desc='contact sheets', disable=None):
-        save_image(data_dir / f'contact_sheet_{part}.png', contact_sheet(parts[part], data_dir))
-    report = make_report(parts, {source.name: record for source, record in zip(sources, records)}, mean_std)
-    report |= {'dataset': dataset, 'options': options, 'minutes': round((time.monotonic() - started) / 60, 2)}
-    if dataset == 'GlaS' and not options['img_dir']:
-        report |= count_grades(Path(options['raw_dir']), parts)
-    write_text(data_dir / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
-    save_mean_std(data_dir / 'mean_std.npy', mean_std)
-    lock.release()
+        (data_dir / 'mean_std.npy').unlink(missing_ok=True)
+        results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources],
+                                options['workers'])
+        records = []
+        for record in tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None):
+            lock.check()
+            records.append(record)
+        for message in dict.fromkeys(message for record in records for message in record['notes']):
+            note(message)
+        histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
+                        if source.split in ('train', 'val'))
+        mean_std = mean_std_of(histogram)
+        if (mean_std[1] == 0).any():
+            raise InputError('a colour channel has the same value in all pixels of all training and validation images; '
+                             'expected photographs: look at the images')
+        parts = {part: [name for name, *_ in group] for part, group in
+                 itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
+        sheets = {part: data_dir / f'contact_sheet_{part}.png' for part in parts}
+        for sheet in set(data_dir.glob('contact_sheet_*.png')) - set(sheets.values()):
+            sheet.unlink()
+        for part, sheet in tqdm(sheets.items(), desc='contact sheets', disable=None):
+            save_image(sheet, contact_sheet(parts[part], data_dir))
+        report = make_report(parts, {source.name: record for source, record in zip(sources, records)}, mean_std)
+        report |= {'dataset': dataset, 'options': options, 'minutes': round((time.monotonic() - started) / 60, 2)}
+        if dataset == 'GlaS' and not options['img_dir']:
+            report |= count_grades(Path(options['raw_dir']), parts)
+        write_text(data_dir / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
+        save_mean_std(data_dir / 'mean_std.npy', mean_std)
     return report
 
 

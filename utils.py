@@ -180,10 +180,10 @@ def atomic_path(path):
 class FolderLock:
     """A lock of the system on `folder/.lock`, so that at most one process writes into a folder. Makes the folder.
 
-    It ends with `release()`, or with the process, however that ends: the file that a killed one leaves locks nothing.
-    Other computers see it if their file system has locks; on one that has none there is a note, and no lock. A process
-    may lock a folder again. Of torchrun's processes, those that share a folder lock it once for every `rank`. Raises
-    InputError that names the process which holds the lock.
+    It ends with `release()`, with the block of `with`, or with the process, however that ends: the file that a killed
+    one leaves locks nothing. Other computers see it if their file system has locks; on one that has none there is a
+    note, and no lock. A process may lock a folder again. Of torchrun's processes, those that share a folder lock it
+    once for every `rank`. Raises InputError that names the process which holds the lock.
     """
 
     def __init__(self, folder, rank=0):
@@ -210,6 +210,12 @@ class FolderLock:
             warnings.warn(f'{self.path.parent} cannot be locked ({error.strerror}): let only one process write there',
                           stacklevel=3)
         return file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
 
     def is_in_place(self):
         """Whether the folder still is where it was, and the lock in it."""

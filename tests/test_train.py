@@ -415,6 +415,13 @@ def test_crops_larger_than_the_images(data, tmp_path):
                 '--transform.train.random_resize', 'none')
 
 
+def test_images_of_different_sizes_need_a_crop(data, tmp_path):
+    for workers in ('0', '1'):
+        with pytest.raises(InputError, match=r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ pixels; crop'):
+            run(data, tmp_path / workers, '--transform.train.random_crop', 'none', '--workers', workers,
+                '--transform.train.random_resize', '1', '1.9', '--batch-size', '4')
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_images(data, tmp_path):
     with pytest.raises(InputError, match=r'the loss is nan in epoch 1, step 2, on train_\d.png, train_\d.png; '
                                          'nothing was saved before; try a lower --lr'):
