@@ -59,7 +59,8 @@ def main(argv=None):
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=train['workers'],
                               persistent_workers=train['workers'] > 0, worker_init_fn=ignore_interrupt,
-                              collate_fn=batch_items, generator=torch.Generator(), pin_memory=processes.device.type == 'cuda')
+                              collate_fn=batch_items, generator=torch.Generator(),
+                              pin_memory=processes.device.type == 'cuda')
     val_loader = DataLoader(val_set, batch_size=1, sampler=share_of_images(len(val_set), processes),
                             num_workers=min(1, train['workers']), worker_init_fn=ignore_interrupt,
                             generator=torch.Generator())

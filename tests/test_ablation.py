@@ -63,7 +63,8 @@ def test_table_of_means_spreads_and_differences():
         'equal steps, AJI: FullNet + varCE minus FullNet: +0.1000 (by seed: +0.3000 -0.1000); the seeds disagree.  ',
         'equal steps, AJI: FullNet + varCE, no weight map minus FullNet + varCE: -0.1000 (by seed: -0.1000 -0.1000); '
         'all seeds agree.  ']
-    assert 'equal minutes, AJI: FullNet minus FCN_pooling: +0.0000 (by seed: -0.1000 +0.1000); the seeds dis' in lines[17]
+    assert lines[17] == ('equal minutes, AJI: FullNet minus FCN_pooling: +0.0000 (by seed: -0.1000 +0.1000); '
+                         'the seeds disagree.  ')
 
 
 def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):

@@ -122,7 +122,8 @@ def test_signals_stop_all_processes_after_the_same_step_with_a_checkpoint(data, 
 def test_images_are_shared_out_in_testing(data, tmp_path):
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')])
     words = ['--model-path', tmp_path / 'run/checkpoints/checkpoint_best.pth.tar',
-             '--img-dir', data / 'images/test_same', '--label-dir', data / 'labels_instance/test', '--tta', 'none', '--gpu', 'cpu']
+             '--img-dir', data / 'images/test_same', '--label-dir', data / 'labels_instance/test', '--tta', 'none',
+             '--gpu', 'cpu']
     finish(start(sys.executable, ROOT / 'test.py', *words, '--save-dir', tmp_path / 'one'))
     finish(start(*TORCHRUN, ROOT / 'test.py', *words, '--save-dir', tmp_path / 'two'))
     files = [[p.relative_to(tmp_path / name) for p in sorted((tmp_path / name).rglob('*')) if p.is_file()]
