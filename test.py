@@ -85,9 +85,10 @@ def main(argv=None):
         opt.save(out.folder)
 
     # 3. every image: probabilities, instances, scores; each of torchrun's processes takes its share
-    pairs = list(zip(images, labels))
+    pairs, kept = list(zip(images, labels)), 0
     for path, label_path in tqdm(pairs[processes.rank::processes.count], desc=set_name, disable=processes.quiet):
         if out.is_finished(path, label_path) and not test['overwrite']:
+            kept += 1
             continue
         image = read_image(path, test['max_megapixels'], test['scale_16bit'])
         label = None
@@ -101,7 +102,7 @@ def main(argv=None):
             out.save_images(path.stem, image, segmentation, inside, contour, label)
         out.finish(path.stem, scores)
     with processes.watched(lambda: 'start the same command again: finished images are kept'):
-        kept = round(processes.sums([len(out.kept)])[0])
+        kept = round(processes.sums([kept])[0])
     processes.end()
     if kept:
         print(f'{kept} images were finished before with the same options and weights and are kept '
@@ -110,8 +111,9 @@ def main(argv=None):
     # 4. tables of results
     if test['label_dir'] and processes.rank == 0:
         for path, label_path in pairs:
-            if path.stem not in out.records:                         # another process's, which left a record
-                out.is_finished(path, label_path)
+            if path.stem not in out.records and not out.is_finished(path, label_path):       # another process's share
+                raise InputError(f'no record of {path} in {out.folder}, though another process finished it; all '
+                                 f'processes must write into one folder, which all machines see')
         print(out.save_tables([path.stem for path in images]), end='')
     out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
@@ -301,7 +303,7 @@ class Results:
         self.made_of = [opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
                         sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
-        self.records, self.kept = {}, []
+        self.records = {}
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
     def path(self, kind, name, ending):
@@ -319,7 +321,6 @@ class Results:
             return False
         if finished:
             self.records[path.stem] = record
-            self.kept.append(path.stem)
         return finished
 
     def save_images(self, name, image, segmentation, inside, contour, label):
