@@ -133,7 +133,7 @@ def segment(image, checkpoint, *words):
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
     seen = np.asarray(image) if normalizer is None else normalizer.transform(image)
     bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
-    probabilities = np.concatenate([band for band in bands])
+    probabilities = np.concatenate(list(bands))
     return segment_bands([probabilities], image.shape[:2], opt.post)[0], probabilities
 
 
@@ -211,17 +211,11 @@ def probability_bands(model, opt, mean_std, device, image):
     scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
     batch_size = test['batch_size'] or (1 if device.type == 'cpu' else 8)
+    precision = MixedPrecision(device, test['amp'])
 
     def scaled(image):
-        if test['scale_factor'] != 1:
-            size = [max(1, round(side * test['scale_factor'])) for side in image.shape[1::-1]]
-            if size[0] * size[1] > test['max_megapixels'] * 1e6:
-                raise InputError(f'--scale-factor {test["scale_factor"]:g} makes an image of {size[0]} x {size[1]} '
-                                 f'pixels, more than {test["max_megapixels"]:g} megapixels; make it smaller, or '
-                                 f'--max-megapixels larger')
-            image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+        image = resize(image, test['scale_factor'], test['max_megapixels'])
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
-    precision = MixedPrecision(device, test['amp'])
 
     @torch.inference_mode()
     def predict(windows, shape):
@@ -243,6 +237,17 @@ def probability_bands(model, opt, mean_std, device, image):
         yield predict_probabilities(whole, image, test['tta'])
 
 
+def resize(image, factor, max_megapixels):
+    """The image, uint8 (H, W, 3), with sides `factor` times as long. Raises InputError if that is too large."""
+    if factor == 1:
+        return image
+    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
+    if size[0] * size[1] > max_megapixels * 1e6:
+        raise InputError(f'--scale-factor {factor:g} makes an image of {size[0]} x {size[1]} pixels, more than '
+                         f'{max_megapixels:g} megapixels; make it smaller, or --max-megapixels larger')
+    return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
 def segment_bands(bands, image_shape, post):
     """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
 
@@ -261,7 +266,7 @@ def segment_bands(bands, image_shape, post):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Scores and files
+# Scores, and the files of a test
 # ---------------------------------------------------------------------------------------------------
 
 class Scores(NamedTuple):
@@ -419,6 +424,10 @@ def objects_csv(segmentation, inside, matches=None):
             rows.append(row)
     return csv_text(rows)
 
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------
 
 def draw_overlay(image, segmentation, label=None, matches=None):
     """The image, uint8 (H, W, 3), with the contours of the objects drawn into it.
