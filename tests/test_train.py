@@ -416,8 +416,9 @@ def test_crops_larger_than_the_images(data, tmp_path):
 
 
 def test_images_of_different_sizes_need_a_crop(data, tmp_path):
+    message = r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'
     for workers in ('0', '1'):
-        with pytest.raises(InputError, match=r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'):
+        with pytest.raises(InputError, match=message):
             run(data, tmp_path / workers, '--transform.train.random_crop', 'none', '--workers', workers,
                 '--transform.train.random_resize', '1', '1.9', '--batch-size', '4')
 
