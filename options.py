@@ -187,7 +187,7 @@ TEST = dict(
 POST = dict(
     min_area=Option(by_dataset(20, 100), int, 'pixels: smaller components are removed', at_least=0),
     radius=Option(by_dataset(2, 4), int, 'pixels: dilation that gives back the contour', at_least=0),
-    # not in the published method: off at 0; what each gains is in the README
+    # not in the published method: off at 0; scripts/study_post_processing.py scores what each gains
     inside_threshold=Option(0.0, float, 'objects are where the inside probability is at least this; 0 = where inside '
                                         'is the most likely class', at_least=0, below=1),
     fill_holes=Option(0, int, 'pixels: holes of at most this size are filled; 0 = none', at_least=0),

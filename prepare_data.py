@@ -590,7 +590,6 @@ def prepare(dataset, options):
         planned |= {file.path for file in planned_files(dataset, source, height, width, settings.patch_size)}
     with FolderLock(data_dir) as lock:
         remove_outdated(data_dir, planned, {source.name for source in sources})
-
         (data_dir / 'mean_std.npy').unlink(missing_ok=True)
         results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources],
                                 options['workers'])
@@ -608,11 +607,7 @@ def prepare(dataset, options):
                              'expected photographs: look at the images')
         parts = {part: [name for name, *_ in group] for part, group in
                  itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
-        sheets = {part: data_dir / f'contact_sheet_{part}.png' for part in parts}
-        for sheet in set(data_dir.glob('contact_sheet_*.png')) - set(sheets.values()):
-            sheet.unlink()
-        for part, sheet in tqdm(sheets.items(), desc='contact sheets', disable=None):
-            save_image(sheet, contact_sheet(parts[part], data_dir))
+        save_contact_sheets(parts, data_dir)
         report = make_report(parts, {source.name: record for source, record in zip(sources, records)}, mean_std)
         report |= {'dataset': dataset, 'options': options, 'minutes': round((time.monotonic() - started) / 60, 2)}
         if dataset == 'GlaS' and not options['img_dir']:
@@ -836,6 +831,15 @@ def preview(arrays):
         tiles += [arrays['ternary'], np.repeat(arrays['weight'][..., None], 3, axis=2)]
     size = max(1, round(PREVIEW_HEIGHT * outlined.shape[1] / outlined.shape[0])), PREVIEW_HEIGHT
     return np.concatenate([np.asarray(Image.fromarray(tile).resize(size, Image.BOX)) for tile in tiles], axis=1)
+
+
+def save_contact_sheets(parts, data_dir):
+    """Write `contact_sheet_{split}.png` of every split, and remove those of others. parts: {split: [names]}."""
+    sheets = {part: data_dir / f'contact_sheet_{part}.png' for part in parts}
+    for sheet in set(data_dir.glob('contact_sheet_*.png')) - set(sheets.values()):
+        sheet.unlink()
+    for part, sheet in tqdm(sheets.items(), desc='contact sheets', disable=None):
+        save_image(sheet, contact_sheet(parts[part], data_dir))
 
 
 def contact_sheet(names, data_dir, width=1808, at_most=24):

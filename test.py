@@ -85,9 +85,10 @@ def main(argv=None):
         opt.save(out.folder)
 
     # 3. every image: probabilities, instances, scores; each of torchrun's processes takes its share
-    pairs = list(zip(images, labels))
+    pairs, kept = list(zip(images, labels)), 0
     for path, label_path in tqdm(pairs[processes.rank::processes.count], desc=set_name, disable=processes.quiet):
         if out.is_finished(path, label_path) and not test['overwrite']:
+            kept += 1
             continue
         image = read_image(path, test['max_megapixels'], test['scale_16bit'])
         label = None
@@ -101,7 +102,7 @@ def main(argv=None):
             out.save_images(path.stem, image, segmentation, inside, contour, label)
         out.finish(path.stem, scores)
     with processes.watched(lambda: 'start the same command again: finished images are kept'):
-        kept = round(processes.sums([len(out.kept)])[0])
+        kept = round(processes.sums([kept])[0])
     processes.end()
     if kept:
         print(f'{kept} images were finished before with the same options and weights and are kept '
@@ -110,8 +111,9 @@ def main(argv=None):
     # 4. tables of results
     if test['label_dir'] and processes.rank == 0:
         for path, label_path in pairs:
-            if path.stem not in out.records:                         # another process's, which left a record
-                out.is_finished(path, label_path)
+            if path.stem not in out.records and not out.is_finished(path, label_path):       # another process's share
+                raise InputError(f'no record of {path} in {out.folder}, though another process finished it; all '
+                                 f'processes must write into one folder, which all machines see')
         print(out.save_tables([path.stem for path in images]), end='')
     out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
@@ -131,7 +133,7 @@ def segment(image, checkpoint, *words):
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
     seen = np.asarray(image) if normalizer is None else normalizer.transform(image)
     bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
-    probabilities = np.concatenate([band for band in bands])
+    probabilities = np.concatenate(list(bands))
     return segment_bands([probabilities], image.shape[:2], opt.post)[0], probabilities
 
 
@@ -209,17 +211,11 @@ def probability_bands(model, opt, mean_std, device, image):
     scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
     batch_size = test['batch_size'] or (1 if device.type == 'cpu' else 8)
+    precision = MixedPrecision(device, test['amp'])
 
     def scaled(image):
-        if test['scale_factor'] != 1:
-            size = [max(1, round(side * test['scale_factor'])) for side in image.shape[1::-1]]
-            if size[0] * size[1] > test['max_megapixels'] * 1e6:
-                raise InputError(f'--scale-factor {test["scale_factor"]:g} makes an image of {size[0]} x {size[1]} '
-                                 f'pixels, more than {test["max_megapixels"]:g} megapixels; make it smaller, or '
-                                 f'--max-megapixels larger')
-            image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+        image = resize(image, test['scale_factor'], test['max_megapixels'])
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
-    precision = MixedPrecision(device, test['amp'])
 
     @torch.inference_mode()
     def predict(windows, shape):
@@ -241,6 +237,17 @@ def probability_bands(model, opt, mean_std, device, image):
         yield predict_probabilities(whole, image, test['tta'])
 
 
+def resize(image, factor, max_megapixels):
+    """The image, uint8 (H, W, 3), with sides `factor` times as long. Raises InputError if that is too large."""
+    if factor == 1:
+        return image
+    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
+    if size[0] * size[1] > max_megapixels * 1e6:
+        raise InputError(f'--scale-factor {factor:g} makes an image of {size[0]} x {size[1]} pixels, more than '
+                         f'{max_megapixels:g} megapixels; make it smaller, or --max-megapixels larger')
+    return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
 def segment_bands(bands, image_shape, post):
     """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
 
@@ -259,7 +266,7 @@ def segment_bands(bands, image_shape, post):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Scores and files
+# Scores, and the files of a test
 # ---------------------------------------------------------------------------------------------------
 
 class Scores(NamedTuple):
@@ -301,7 +308,7 @@ class Results:
         self.made_of = [opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
                         sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
-        self.records, self.kept = {}, []
+        self.records = {}
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
     def path(self, kind, name, ending):
@@ -319,7 +326,6 @@ class Results:
             return False
         if finished:
             self.records[path.stem] = record
-            self.kept.append(path.stem)
         return finished
 
     def save_images(self, name, image, segmentation, inside, contour, label):
@@ -418,6 +424,10 @@ def objects_csv(segmentation, inside, matches=None):
             rows.append(row)
     return csv_text(rows)
 
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------
 
 def draw_overlay(image, segmentation, label=None, matches=None):
     """The image, uint8 (H, W, 3), with the contours of the objects drawn into it.

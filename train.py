@@ -365,9 +365,6 @@ class TrainingState:
     def load(self, checkpoint, opt):
         """Go on from a checkpoint, ours or a published one. Raises InputError if it cannot be resumed."""
         path = opt.train['checkpoint']
-        if not checkpoint.get('optimizer'):
-            raise InputError(f'{path} holds no optimizer state, so that it cannot be resumed; '
-                             f'start a new run from its weights with --init-from')
         load_weights(self.validation_model(), checkpoint['state_dict'], opt.model, path)
         if self.average and 'raw_state_dict' not in checkpoint:
             raise InputError(f'{path} holds no averaged weights, so that it cannot be resumed with --ema-decay; '
@@ -396,9 +393,12 @@ class TrainingState:
 def take_options_of_run(opt, checkpoint):
     """Resuming: options come from the checkpoint, but those that may change and were given on the command line.
 
-    Raises InputError that names an option which was given another value and cannot change.
+    Raises InputError that names an option which was given another value and cannot change, and for weights alone.
     """
     path = Path(opt.train['checkpoint'])
+    if not checkpoint.get('optimizer'):
+        raise InputError(f'{path} holds no optimizer state, so that it cannot be resumed; '
+                         f'start a new run from its weights with --init-from')
     if ('train', 'save_dir') not in opt.given and path.resolve().parent.name == 'checkpoints':
         opt.train['save_dir'] = str(path.parent.parent)
     stored = checkpoint.get('options')
@@ -416,8 +416,8 @@ def take_options_of_run(opt, checkpoint):
             given = (group, name) in opt.given
             if given and name not in changeable and values.get(name) != before.get(name):
                 refuse_change(name, values.get(name), before.get(name), path)
-            if not given and name not in ('save_dir', 'checkpoint', 'overwrite', 'gpu'):
-                values[name] = before.get(name)
+            if not given and name in before and name not in ('save_dir', 'checkpoint', 'overwrite', 'gpu'):
+                values[name] = before[name]
         if split:
             opt.transform[split] = dict(before)
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import signal
 import sys
 import uuid
@@ -108,8 +109,8 @@ class StopRequest:
     there a second signal is none: torchrun passes the first one on to those that got it already.
     """
 
-    def __init__(self, processes=None):
-        self.processes = processes or Processes('cpu')
+    def __init__(self, processes):
+        self.processes = processes
 
     def __enter__(self):
         self.signal = None
@@ -288,13 +289,14 @@ def save_instances(path, label):
     """
     path = Path(path)
     dtype = np.uint16 if label.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
-    if path.suffix.lower() == '.png' and dtype == np.uint32:
-        raise ValueError(f'{path}: a PNG holds no ids above 65,535; save it as TIFF')
+    pixels = label.astype(dtype)
     if path.suffix.lower() == '.png':
-        save_image(path, label.astype(dtype))
+        if dtype == np.uint32:
+            raise ValueError(f'{path}: a PNG holds no ids above 65,535; save it as TIFF')
+        save_image(path, pixels)
         return
     with atomic_path(path) as temporary:
-        pixels = label.astype(dtype)                             # tifffile takes BigTIFF only for uncompressed data
+        # by itself tifffile takes BigTIFF for uncompressed data only
         tifffile.imwrite(temporary, pixels, compression='zlib', photometric='minisblack', bigtiff=pixels.nbytes > BIG)
 
 
@@ -319,7 +321,7 @@ def choose_device(gpu='auto', process=0, n_processes=1):
                          f'use --gpu cpu, or leave it out')
     if gpu != 'auto' and len(gpu) > 1 and n_processes == 1:
         raise InputError(f'--gpu names {len(gpu)} GPUs, and one process uses one; start a process for each with: '
-                         f'torchrun --nproc-per-node {len(gpu)} {" ".join(sys.argv)}')
+                         f'torchrun --nproc-per-node {len(gpu)} {shlex.join(sys.argv)}')
     if process >= len(numbers):
         raise InputError(f'torchrun started more processes on this machine than the {len(numbers)} GPUs there are for '
                          f'them; use --nproc-per-node {len(numbers)}, or --gpu cpu')
@@ -335,9 +337,8 @@ class Processes:
     """
 
     def __init__(self, gpu='auto'):
-        self.rank, self.count = (int(os.environ.get(name, default)) for name, default in
-                                 (('RANK', 0), ('WORLD_SIZE', 1)))
-        self.device = choose_device([] if gpu == 'cpu' else gpu, int(os.environ.get('LOCAL_RANK', 0)), self.count)
+        self.rank, self.count = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.device = choose_device(gpu, int(os.environ.get('LOCAL_RANK', 0)), self.count)
         self.quiet = True if self.rank > 0 else None
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
@@ -727,7 +728,8 @@ def disk(radius):
 def remove_small_components(mask, min_area):
     """Drop the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
     components, n = ndimage.label(mask)
-    areas = sum(np.bincount(rows.ravel(), minlength=n + 1) for rows in _in_pieces(components))   # of a large image, too
+    areas = sum(np.bincount(components[top:top + 2048].ravel(), minlength=n + 1)       # in pieces, for large images
+                for top in range(0, len(components), 2048))
     keep = areas >= min_area
     keep[0] = False
     return keep[components]
@@ -822,10 +824,6 @@ def dilate(label, radius, rows=2048):
         label[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[first:end]
         before = piece[max(end - radius, 0):end]
     return label
-
-
-def _in_pieces(array, rows=2048):
-    return (array[top:top + rows] for top in range(0, len(array), rows))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ if [ ! -x .venv/bin/python ]; then
         exit 2; }
 fi
 if ! cmp -s requirements.txt .venv/installed.txt; then
-    echo 'installing requirements.txt into .venv (on Linux PyTorch with CUDA, several GB; for a CPU-only one see README)'
+    echo 'installing requirements.txt into .venv (on Linux PyTorch with CUDA, several GB; CPU-only: see README)'
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/installed.txt
 fi

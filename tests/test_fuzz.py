@@ -130,7 +130,8 @@ def test_much_time_is_noticed(tmp_path, monkeypatch):
 def test_much_memory_is_noticed(tmp_path):
     """In a process of its own, as files are read: in this one, what earlier tests freed may be used again."""
     code = ('import fuzz, test_fuzz; from pathlib import Path; fuzz.MEGABYTES = 20\n'
-            'outcome = fuzz.examine(test_fuzz.takes_memory, Path("any")); print(outcome.what, outcome.megabytes, sep="|")')
+            'outcome = fuzz.examine(test_fuzz.takes_memory, Path("any"))\n'
+            'print(outcome.what, outcome.megabytes, sep="|")')
     paths = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / 'scripts', ROOT / 'tests'))
     done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': paths}, capture_output=True,
                           text=True, check=True)

@@ -22,7 +22,8 @@ import test as test_script
 import train
 from dataset import read_instance_label
 from prepare_data import Reinhard_normalizer
-from utils import (InputError, build_model, load_checkpoint, match_objects, save_instances, standard_metrics)
+from utils import (InputError, Processes, build_model, load_checkpoint, match_objects, save_instances,
+                   standard_metrics)
 
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = ['--model-path', str(GOLDEN / 'tiny_checkpoint.pth.tar'), '--n-layers', '4', '--growth-rate', '8',
@@ -254,8 +255,9 @@ def test_finished_images_are_kept_until_something_changes(images, tmp_path, monk
     (Path('out') / 'set_segmentation/a_overlay.png').unlink()
     (Path('out') / 'set_records/b.1.json').write_text('{')
     assert everything(segment(images)) == first and len(seen) == 2
+    capsys.readouterr()
     segment(images, '--overwrite', 'True')
-    assert len(seen) == 4
+    assert len(seen) == 4 and 'are kept' not in capsys.readouterr().out
     segment(images, '--batch-size', '2')
     assert len(seen) == 4
     segment(images, '--radius', '3')
@@ -265,6 +267,20 @@ def test_finished_images_are_kept_until_something_changes(images, tmp_path, monk
     save_instances(label / 'a_label.png', nuclei(7, 70, 90)[1])
     segment(images, '--radius', '3', '--label-dir', str(label))
     assert len(seen) == 7
+
+
+def test_a_process_that_wrote_elsewhere_is_noticed(images, monkeypatch):
+    """As one on another machine, which does not see the folder of this one."""
+    class FirstOfTwo(Processes):
+        def __init__(self, gpu):
+            super().__init__(gpu)
+            self.count = 2
+        sums = staticmethod(list)
+        end = staticmethod(lambda: None)
+    monkeypatch.setattr(test_script, 'Processes', FirstOfTwo)
+    with pytest.raises(InputError, match=r'no record of .*b\.1\.png in out, though another process .* into one folder'):
+        segment(images)
+    assert (Path('out') / 'set_records/a.json').is_file() and not (Path('out') / 'set_test_result.txt').exists()
 
 
 def test_a_single_image_and_a_folder_with_other_files(images, tmp_path):

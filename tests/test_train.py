@@ -332,6 +332,25 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
         run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'))
 
 
+def test_weights_that_come_with_the_code_are_not_resumed(base, tmp_path):
+    """They carry options without the paths of the machine that trained, and no optimizer."""
+    weights = torch.load(base[2] / 'checkpoints' / 'checkpoint.pth.tar', weights_only=True) | {'optimizer': {}}
+    for name in ('data_dir', 'save_dir', 'checkpoint', 'init_from'):
+        del weights['options']['train'][name]
+    torch.save(weights, tmp_path / 'weights.pth.tar')
+    with pytest.raises(InputError, match='weights.pth.tar holds no optimizer state, .* with --init-from'):
+        train.main(['--checkpoint-path', str(tmp_path / 'weights.pth.tar')])
+
+
+def test_an_option_that_an_older_checkpoint_lacks_has_its_default(base, data, tmp_path):
+    older = torch.load(base[2] / 'checkpoints' / 'checkpoint.pth.tar', weights_only=True)
+    del older['options']['train']['val_every']
+    torch.save(older, tmp_path / 'older.pth.tar')
+    checkpoint, _ = run(data, tmp_path / 'run', '--checkpoint-path', str(tmp_path / 'older.pth.tar'), '--epochs',
+                        str(older['epoch'] + 1))
+    assert checkpoint['epoch'] == older['epoch'] + 1 and checkpoint['options']['train']['val_every'] == 1
+
+
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_say_how_to_go_on(data, tmp_path, number, code):
     process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *SMALL, '--data-dir', str(data), '--save-dir',
@@ -416,8 +435,9 @@ def test_crops_larger_than_the_images(data, tmp_path):
 
 
 def test_images_of_different_sizes_need_a_crop(data, tmp_path):
+    message = r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'
     for workers in ('0', '1'):
-        with pytest.raises(InputError, match=r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'):
+        with pytest.raises(InputError, match=message):
             run(data, tmp_path / workers, '--transform.train.random_crop', 'none', '--workers', workers,
                 '--transform.train.random_resize', '1', '1.9', '--batch-size', '4')
 

@@ -345,7 +345,7 @@ def test_exit_codes(body, code, words):
 
 def test_a_signal_stops_at_the_next_check_after_saving():
     saved = []
-    with pytest.raises(SystemExit) as stopped, utils.StopRequest() as stop:
+    with pytest.raises(SystemExit) as stopped, utils.StopRequest(utils.Processes([])) as stop:
         stop.check(lambda: saved.append('too early'))
         signal.raise_signal(signal.SIGTERM)
         stop.check(lambda: saved.append('saved'))
