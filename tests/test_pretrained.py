@@ -81,7 +81,7 @@ def test_the_recipe_of_every_stage_is_carried_along_and_no_path(made):
     assert (first['train']['lr'], second['train']['lr']) == (1e-3, 3e-4)
     assert (first['steps'], first['epochs']) == (1, 1) and second['steps'] == second['epochs'] in (1, 2)
     runs = [load_checkpoint(made / f'{stage}/checkpoints/checkpoint.pth.tar') for stage in ('stage1', 'stage2')]
-    assert weights['hours'] == sum(run['minutes'] for run in runs) / 60
+    assert weights['hours'] == pytest.approx(sum(run['minutes'] for run in runs) / 60)
     assert weights['steps'] == first['steps'] + second['steps']
     assert str(made) not in repr({**weights, 'state_dict': {}})
 
@@ -218,9 +218,9 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
 # The script that makes them, and the one that checks them
 # ---------------------------------------------------------------------------------------------------
 
-def run_sh(name, *words, **environment):
+def run_sh(name, *words, root=ROOT, **environment):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-    return subprocess.run(['sh', str(ROOT / 'scripts' / name), *words], capture_output=True, text=True,
+    return subprocess.run(['sh', str(root / 'scripts' / name), *words], capture_output=True, text=True,
                           env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', **environment})
 
 
@@ -244,7 +244,8 @@ def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path, monkeyp
     (tmp_path / 'bin/python').write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "" >> "{tmp_path}/calls"\n')
     (tmp_path / 'bin/python').chmod(0o755)
     monkeypatch.setattr(sys, 'executable', str(tmp_path / 'bin/python'))
-    assert run_sh('train_pretrained.sh', *words, **settings).returncode == 0
+    shutil.copytree(ROOT / 'scripts', tmp_path / 'elsewhere/scripts')                   # where no .venv comes first
+    assert run_sh('train_pretrained.sh', *words, root=tmp_path / 'elsewhere', **settings).returncode == 0
     calls = [call.split('\n') for call in (tmp_path / 'calls').read_text().strip('\n').split('\n\n')]
     assert [call[0] for call in calls] == ['train.py', 'train.py', 'test.py', 'scripts/export_pretrained.py',
                                            'scripts/verify_pretrained.py']
