@@ -14,6 +14,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 import uuid
 import warnings
 from collections import namedtuple
@@ -346,6 +347,8 @@ class Processes:
             # a process may wait for hours for one that tests a large image; one that ends is noticed at once
             distributed.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo',
                                            timeout=datetime.timedelta(days=7))
+            # gloo's thread needs the interpreter to let go of the last reduction, and aborts where that has ended
+            atexit.register(time.sleep, 0.1)
 
     def _reduce(self, values, operation):
         if self.count == 1:
