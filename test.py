@@ -75,14 +75,19 @@ def main(argv=None):
 
     # 2. images and labels
     single = Path(test['img_dir']).is_file()
-    images = [Path(test['img_dir'])] if single else list_images(test['img_dir'], name_others=True)
+    images = [Path(test['img_dir'])] if single else list_images(test['img_dir'], name_others=processes.rank == 0)
     labels = [None] * len(images)
     if test['label_dir']:
         labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
     set_name = (images[0] if single else Path(test['img_dir']) / 'x').resolve().parent.name
+    def go_on():
+        return 'start the same command again: finished images are kept'
+
     out = Results(Path(test['save_dir']), set_name, opt, mean_std, processes.rank)
     if processes.rank == 0:
         opt.save(out.folder)
+    with processes.watched(go_on):
+        processes.wait()                                                 # until the first one has the set's lock
 
     # 3. every image: probabilities, instances, scores; each of torchrun's processes takes its share
     pairs, kept = list(zip(images, labels)), 0
@@ -101,7 +106,7 @@ def main(argv=None):
         if test['save_flag']:
             out.save_images(path.stem, image, segmentation, inside, contour, label)
         out.finish(path.stem, scores)
-    with processes.watched(lambda: 'start the same command again: finished images are kept'):
+    with processes.watched(go_on):
         kept = round(processes.sums([kept])[0])
     processes.end()
     if kept:

@@ -602,6 +602,7 @@ class Onlooker(contextlib.nullcontext):
     """Stands for the Run in all processes but one: whatever they would write, they do not."""
 
     def __getattr__(self, name):
+        getattr(Run, name)                                             # AttributeError for a name that it does not have
         return lambda *_: None
 
     def last_good(self):

@@ -8,21 +8,25 @@ Equal minutes: FCN_pooling, which is faster, makes as many steps more as its mea
 a measurement at the start, kept in budgets.json, so that what else the machine does later changes nothing. Scores are
 those of the whole validation images (val_full) without test-time augmentation. A run that is finished is not run again.
 """
+import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import list_images  # noqa: E402
+import train  # noqa: E402
+from dataset import EpochBatches, batch_items, list_images, load_mean_std  # noqa: E402
 from loss import VarCELoss  # noqa: E402
 from options import Options  # noqa: E402
 from utils import InputError, Parser, atomic_path, build_model, load_checkpoint, run_script, write_text  # noqa: E402
@@ -70,7 +74,11 @@ def main(argv=None):
     jobs = [Job(arm, seed, n) for seed in args.seeds for arm in args.arms for n in sorted(set(epochs_of(arm, epochs)))]
     print(f'{len(jobs)} trainings, {args.jobs} at a time with {threads} threads each; results in {args.out}')
     with ThreadPoolExecutor(args.jobs) as pool:
-        scores = dict(zip(jobs, pool.map(lambda job: finished(job, args.out, words, args.data_dir, threads), jobs)))
+        running = [pool.submit(finished, job, args.out, words, args.data_dir, threads) for job in jobs]
+        if wait(running, return_when=FIRST_EXCEPTION).not_done:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print('a training failed; those that run end first', file=sys.stderr)
+    scores = dict(zip(jobs, (future.result() for future in running)))
     text = report(scores, args.arms, args.seeds, epochs)
     write_text(args.out / 'ablation.md', text)
     write_text(args.out / 'ablation.json', json.dumps([job._asdict() | values for job, values in scores.items()],
@@ -97,35 +105,35 @@ def budgets(out, minutes, words, threads, n_images):
             raise InputError(f'{path} is of another ablation ({stored["asked"]}); give another --out, or the same '
                              f'options')
         return stored['epochs']
-    opt = Options(isTrain=True).parse(words)
-    steps_per_epoch = -(-n_images // opt.train['batch_size'])
-    seconds = {name: seconds_per_step({**opt.model, 'name': name}, opt.train, threads)
-               for name in ('FullNet', 'FCN_pooling')}
-    epochs = {name: max(1, int(minutes * 60 / value / steps_per_epoch)) for name, value in seconds.items()}
+    opt = {name: Options(isTrain=True).parse([*words, *ARMS[name]]) for name in ('FullNet', 'FCN_pooling')}
+    seconds = {name: seconds_per_step(opt[name], threads) for name in opt}
+    steps_per_epoch = -(-n_images // opt['FullNet'].train['batch_size'])
+    epochs = {name: max(1, math.ceil(minutes * 60 / value / steps_per_epoch)) for name, value in seconds.items()}
     write_text(path, json.dumps({'asked': asked, 'seconds_per_step': seconds, 'steps_per_epoch': steps_per_epoch,
                                  'epochs': epochs}, indent=1) + '\n')
     print(', '.join(f'{name}: {seconds[name]:.2f} s per step, {epochs[name]} epochs' for name in epochs))
     return epochs
 
 
-def seconds_per_step(model_options, train, threads, repetitions=4):
-    """Fastest of some training steps on noise, after one to warm up."""
+def seconds_per_step(opt, threads, repetitions=6):
+    """Median of some training steps, after one to warm up, with the loading of their crops: who loads shares the cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = build_model(model_options).set_mode('auto', train['memory_efficient'], train['amp'])
-    optimizer, criterion = torch.optim.Adam(model.parameters(), train['lr']), VarCELoss(train['alpha'])
-    shape = train['batch_size'], train['input_size'], train['input_size']
-    image, target, weight = torch.randn(shape[0], 3, *shape[1:]), torch.randint(0, 3, shape), torch.ones(shape)
-    times = []
-    for _ in range(repetitions + 1):
-        start = time.perf_counter()
+    train_set = train.load_data(opt, 'train', load_mean_std(Path(opt.train['data_dir']) / 'mean_std.npy'))
+    loader = DataLoader(train_set, collate_fn=batch_items,
+                        batch_sampler=EpochBatches(len(train_set), opt.train['batch_size'], seed=0))
+    model = build_model(opt.model).set_mode('auto', opt.train['memory_efficient'], opt.train['amp'])
+    optimizer, criterion = torch.optim.Adam(model.parameters(), opt.train['lr']), VarCELoss(opt.train['alpha'])
+    times = [time.perf_counter()]
+    for crops in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), repetitions + 1):
+        image, weight, target = train.to_device(*crops, torch.device('cpu'), opt.train['use_weight_map'])
         optimizer.zero_grad(set_to_none=True)
         criterion(model(image), target, weight)[0].backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter())
     torch.set_num_threads(before)
-    return min(times[1:])
+    return float(np.median(np.diff(times)[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The ablation script on miniature data."""
 import json
 import shutil
+import time
 
 import ablation
 import pytest
@@ -8,6 +9,8 @@ import torch
 from miniature import make_multi_organ
 from PIL import Image
 
+from dataset import DataFolder
+from options import Options
 from utils import InputError
 
 TINY = ['--n-layers', '4', '--growth-rate', '1', '--dilations', '1', '1', '1', '1', '1', '1', '1', '--input-size', '40',
@@ -24,8 +27,8 @@ def data(tmp_path):
 
 def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
     seconds = {'FullNet': 1.0, 'FCN_pooling': 0.5}                          # 4 images in batches of 2: 2 steps an epoch
-    monkeypatch.setattr(ablation, 'seconds_per_step', lambda model, *_: seconds[model['name']])
-    words = ['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--minutes', '0.04', '--seeds', '3', '--jobs',
+    monkeypatch.setattr(ablation, 'seconds_per_step', lambda opt, *_: seconds[opt.model['name']])
+    words = ['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--minutes', '0.03', '--seeds', '3', '--jobs',
              '2', '--arms', 'FCN_pooling', 'FullNet', *TINY]
     ablation.main(words)
     runs = json.loads((tmp_path / 'out/ablation.json').read_text())
@@ -76,8 +79,14 @@ def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
     assert 'no ' in next((tmp_path / 'out').glob('*/train.out')).read_text()
 
 
-def test_seconds_per_step_trains_the_network_that_is_asked_for():
-    from options import Options
-    opt = Options(isTrain=True).parse([*ablation.RECIPE, *TINY])
+def test_seconds_per_step_count_the_loading_of_the_crops(data, monkeypatch):
+    opt = Options(isTrain=True).parse([*ablation.RECIPE, *TINY, '--data-dir', str(data)])
     before = torch.get_num_threads()
-    assert 0 < ablation.seconds_per_step(opt.model, opt.train, 1) < 30 and torch.get_num_threads() == before
+    seconds = ablation.seconds_per_step(opt, 1, repetitions=3)              # 4 images in batches of 2: a second epoch
+    load = DataFolder.__getitem__
+
+    def slow(self, key):
+        time.sleep(seconds)
+        return load(self, key)
+    monkeypatch.setattr(DataFolder, '__getitem__', slow)
+    assert ablation.seconds_per_step(opt, 1, repetitions=3) > 2 * seconds > 0 and torch.get_num_threads() == before
