@@ -4,13 +4,14 @@
     python scripts/verify_pretrained.py --write
 
 Beside the weights lie README.md, a model card with their SHA-256, and expected.json, with the number of objects and the
-mean probabilities in the two images: the immunohistochemistry picture of scikit-image (512 x 512, part of the package,
-nothing is downloaded) and a synthetic one. Numbers of objects may differ by 5 %, mean probabilities by 0.01. With
+mean probabilities in two images: the immunohistochemistry picture of scikit-image (real tissue, 512 x 512, part of the
+package: nothing is downloaded), recoloured as H&E, with --color-norm True; and a synthetic one. Numbers of objects may differ by 5 %, mean probabilities by 0.01. With
 DATA_DIR, a folder prepared by prepare_data.py, the scores on its val images are computed anew; the mean AJI may differ
 by 0.005 from that in the weights. --tta chooses which of the scores in the weights; full takes 8 times as long as none.
 A line for each check; exit code 0: all pass, 1: some fail, 2: they cannot be made.
 
---write: for whoever made new weights; writes expected.json, and the facts that the weights carry into README.md.
+--write: for whoever made new weights; writes expected.json, the facts that the weights carry into README.md, and the
+objects found in the tissue, tissue.jpg.
 """
 import argparse
 import contextlib
@@ -22,12 +23,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from skimage import color, img_as_ubyte
 from skimage.data import immunohistochemistry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test as test_script  # noqa: E402
 from scripts.make_demo_data import make_image  # noqa: E402
-from utils import InputError, Parser, load_checkpoint, run_script, sha256_of, write_text  # noqa: E402
+from utils import InputError, Parser, load_checkpoint, run_script, save_image, sha256_of, write_text  # noqa: E402
 
 OBJECTS, PROBABILITY, AJI = 0.05, 0.01, 0.005                            # allowed differences; the first is relative
 BEGIN, END = ('<!-- written by scripts/verify_pretrained.py --write: do not edit from here -->', '<!-- to here -->')
@@ -37,16 +39,27 @@ SETTINGS = ('input_size', 'batch_size', 'lr', 'lr_schedule', 'warmup_epochs', 'e
 
 
 def test_images():
-    """{name: image, uint8 (H, W, 3)}: real tissue and a synthetic one."""
-    return {'immunohistochemistry': immunohistochemistry(),
-            'demo': make_image(np.random.default_rng([0, 2, 0]), 256)[0]}
+    """{name: (image, uint8 (H, W, 3), options of test.py)}: real tissue and a synthetic one."""
+    return {'tissue': (as_h_and_e(immunohistochemistry()), ['--color-norm', 'True']),
+            'demo': (make_image(np.random.default_rng([0, 2, 0]), 256)[0], [])}
 
 
-def measure(weights):
-    """{image: {objects, mean_inside, mean_contour}} of `test_images`: what the weights find there, without TTA."""
+def as_h_and_e(image):
+    """An image of hematoxylin and DAB, uint8 (H, W, 3), with eosin in place of the DAB, half as dense."""
+    hematoxylin, _, dab = np.moveaxis(color.rgb2hed(image), 2, 0)
+    return img_as_ubyte(color.hed2rgb(np.stack([hematoxylin, dab / 2, np.zeros_like(dab)], axis=2)))
+
+
+def measure(weights, picture=None):
+    """{image: {objects, mean_inside, mean_contour}} of `test_images`: what the weights find there, without TTA.
+
+    picture: file for the tissue with what was found.
+    """
     found = {}
-    for name, image in test_images().items():
-        label, probabilities = test_script.segment(image, weights, '--tta', 'none')
+    for name, (image, options) in test_images().items():
+        label, probabilities = test_script.segment(image, weights, '--tta', 'none', *options)
+        if picture and name == 'tissue':
+            save_image(picture, test_script.draw_overlay(image, label))
         found[name] = {'objects': int((np.bincount(label.ravel())[1:] > 0).sum()),
                        'mean_inside': round(float(probabilities[..., 1].mean()), 5),
                        'mean_contour': round(float(probabilities[..., 2].mean()), 5)}
@@ -161,11 +174,11 @@ def with_section(card, section):
 
 
 def write_expected(weights, card, expected):
-    found = measure(weights)
+    found = measure(weights, card.with_name('tissue.jpg'))
     section = card_section(weights, found)
     write_text(expected, json.dumps(found, indent=1) + '\n')
     write_text(card, with_section(card.read_text(encoding='utf-8') if card.is_file() else '', section))
-    print(f'wrote {expected} and the facts in {card}')
+    print(f'wrote {expected}, tissue.jpg and the facts in {card}')
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from miniature import SMALL, make_multi_organ, nuclei
 from PIL import Image
+from skimage.data import immunohistochemistry
 
 import export_pretrained
 import test as test_script
@@ -67,7 +68,7 @@ def shipped(made, tmp_path):
 def measured(made, monkeypatch):
     """What the weights find in the two images, without computing it again; may be changed."""
     found = json.loads((made / 'shipped/expected.json').read_text())
-    monkeypatch.setattr(verify_pretrained, 'measure', lambda weights: found)
+    monkeypatch.setattr(verify_pretrained, 'measure', lambda weights, picture=None: found)
     return found
 
 
@@ -132,9 +133,11 @@ def test_all_checks_pass_where_nothing_changed(made, shipped, capsys):
 
 def test_the_images_are_there_without_a_network():
     images = verify_pretrained.test_images()
-    assert {name: (image.shape, image.dtype) for name, image in images.items()} == {
-        'immunohistochemistry': ((512, 512, 3), np.uint8), 'demo': ((256, 256, 3), np.uint8)}
-    assert all(image.std() > 20 for image in images.values())
+    assert {name: (image.shape, image.dtype) for name, (image, _) in images.items()} == {
+        'tissue': ((512, 512, 3), np.uint8), 'demo': ((256, 256, 3), np.uint8)}
+    assert all(image.std() > 20 for image, _ in images.values())
+    tissue = images['tissue'][0].astype(int)                      # purple and pink: of DAB's brown nothing is left
+    assert (tissue[..., 2] >= tissue[..., 1]).mean() > 0.99 and (immunohistochemistry()[..., 2] < 100).mean() > 0.2
 
 
 @pytest.mark.parametrize('quantity, inside, outside', [
@@ -177,7 +180,7 @@ def test_what_cannot_be_checked(made, shipped, measured):
     with pytest.raises(InputError, match='no such folder: .*nowhere/images/val_full'):
         verify_pretrained.main(['--weights', str(shipped), 'nowhere'])
     (shipped.parent / 'expected.json').write_text('{"demo": {}}')
-    with pytest.raises(InputError, match='expected.json does not say what is expected of immunohisto.*; take the file'):
+    with pytest.raises(InputError, match='expected.json does not say what is expected of tissue; take the file'):
         verify_pretrained.main(['--weights', str(shipped)])
     (shipped.parent / 'expected.json').unlink()
     with pytest.raises(InputError, match='no .*expected.json; take the file that belongs to'):
@@ -205,6 +208,7 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
     assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in text
     for name, row in {**weights['scores'][0]['images'], 'mean': weights['scores'][0]['mean']}.items():
         assert re.search(rf'^\| {name} \| {row["published_AJI"]:.4f} \| .* {row["dice"]:.4f} \|$', text, re.MULTILINE)
+    assert Image.open(shipped.parent / 'tissue.jpg').size == (512, 512)
     assert f'| demo | {measured["demo"]["objects"]} |' in text
     measured['demo']['objects'] += 1
     verify_pretrained.main(['--weights', str(shipped), '--write'])                   # again: replaced, not added
@@ -284,7 +288,7 @@ def test_the_shipped_weights(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'images').mkdir()
-    Image.fromarray(verify_pretrained.test_images()['demo'][:96, :96]).save('images/a.png')
+    Image.fromarray(verify_pretrained.test_images()['demo'][0][:96, :96]).save('images/a.png')
     test_script.main(['--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
     assert 'taking the weights that come with the code' in capsys.readouterr().out
     assert len(list(Path('experiments/MultiOrgan/pretrained').rglob('a_seg.tiff'))) == 1
