@@ -194,17 +194,9 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     """
     path = Path(path)
     image = open_image(path, max_megapixels)
-    try:                             # Pillow reads the header of every page
-        frames = getattr(image, 'n_frames', 1)
-        if frames > 1:
-            if image.format == 'TIFF':
-                _refuse_pages(image, path, frames)
-            else:
-                note(f'{path.name}: animated, only the first of its {frames} frames is used')
-            image.seek(0)
+    _check_frames(image, path)
+    try:
         bits = bits_per_channel(image)
-    except InputError:
-        raise
     except Exception as error:
         raise damaged(path, error) from error
     if image.mode == '1' or bits == 1:
@@ -215,6 +207,9 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
         if scale_16bit is None:
             raise InputError(f'{path} has 16 bits per channel, expected 8; give --scale-16bit LO HI to map '
                              f'LO..HI to 0..255')
+        if orientation_of(image, path) != 1:
+            raise InputError(f'{path} has 16 bits per channel and an EXIF orientation; turn its pixels, or convert it '
+                             f'to 8 bits')
         return _read_16bit(path, scale_16bit)
     if image.mode not in ('RGB', 'RGBA', 'LA', 'L', 'P', 'PA', 'RGBX'):
         raise InputError(f'{path} has colour mode {image.mode}; expected 8-bit RGB')
@@ -239,12 +234,22 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     return decode(image, path)
 
 
-def _refuse_pages(image, path, frames):
-    """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies (a pyramid)."""
-    for frame in range(1, frames):
-        image.seek(frame)
-        if not image.tag_v2.get(254, 0) & 1:
-            raise InputError(f'{path} has {frames} pages; expected one image per file')
+def _check_frames(image, path):
+    """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies (a pyramid); note where the
+    first frame of an animation is taken."""
+    try:                             # Pillow reads the header of every page
+        frames = getattr(image, 'n_frames', 1)
+        if frames > 1 and image.format != 'TIFF':
+            note(f'{path.name}: animated, only the first of its {frames} frames is used')
+        for frame in range(1, frames if image.format == 'TIFF' else 1):
+            image.seek(frame)
+            if not image.tag_v2.get(254, 0) & 1:
+                raise InputError(f'{path} has {frames} pages; expected one image per file')
+        image.seek(0)
+    except InputError:
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
 
 
 def _read_16bit(path, scale):
@@ -253,6 +258,9 @@ def _read_16bit(path, scale):
     try:
         pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
     except RuntimeError as error:    # of several lines, about SimpleITK's source files
+        if 'PixelType' in str(error):
+            raise InputError(f'{path} has 16 bits per channel, and other channels than grey, RGB or RGBA; convert it '
+                             f'to RGB') from error
         raise InputError(f'{path} is damaged or truncated; copy it again') from error
     pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
@@ -364,6 +372,7 @@ def _decode_label(path, max_megapixels):
     image = open_image(path, max_megapixels)
     if image.format == 'JPEG':
         raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP or TIFF label')
+    _check_frames(image, path)
     if image.mode in ('RGBA', 'LA'):
         raise InputError(f'{path} has colour mode {image.mode}; expected one integer id per pixel (0 = background)')
     if image.mode == 'RGB' and bits_per_channel(image) != 8:
@@ -378,7 +387,7 @@ def _read_tiff_32bit(path):
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
     try:
         with tifffile.TiffFile(path) as file:
-            page = file.pages[0]               # Pillow has seen that it is the only one; a damaged chain has no end
+            page = file.pages[0]               # not all of them: a damaged chain has no end
             if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
                 raise ValueError('a strip is longer than the file')
             return page.asarray()

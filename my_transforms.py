@@ -14,7 +14,7 @@ from utils import InputError, disk
 
 
 class Compose:
-    """Apply transforms one after the other to a list of images; the last call returns tensors."""
+    """Apply transforms one after the other to a list of images; what comes after `to_tensor` are tensors."""
 
     def __init__(self, transforms):
         self.transforms = transforms

@@ -526,7 +526,7 @@ def _names_in(folder):
 
 class PlannedFile(NamedTuple):
     path: Path                # relative to data_dir
-    kind: str                 # image, instance, ternary, weight
+    kind: str                 # image, instance, ternary, weight, preview
     corner: tuple | None      # top-left (y, x) of the patch; None for the whole image
 
 
@@ -754,7 +754,10 @@ def read_source(source, settings):
 def save_planned(file, array, data_dir, patch_size):
     """Save the patch of `array` at the file's corner, or all of it; returns the path."""
     if file.kind == 'instance':
-        return save_instance_label(data_dir / file.path, array)
+        path = save_instance_label(data_dir / file.path, array)
+        for other in {data_dir / file.path, (data_dir / file.path).with_suffix('.tif')} - {path}:
+            other.unlink(missing_ok=True)                         # of an earlier preparation, with more or fewer ids
+        return path
     if file.corner:
         y, x = file.corner
         array = array[y:y + patch_size, x:x + patch_size]
@@ -793,8 +796,8 @@ def _is_intact(path, sha256):
 
 
 def remove_outdated(data_dir, planned, names):
-    """Remove what an earlier preparation made and this one, of images `names`, does not. Files of others are refused:
-    training would read them as if they belonged to this preparation."""
+    """Remove the files of an earlier preparation that this one, of images `names`, does not make. Files of others are
+    refused: training would read them as if they belonged to this preparation."""
     records = {path: read_record(path) for path in sorted((data_dir / RECORDS).glob('*.json'))}
     ours = {path: sha256 for record in records.values() for kind in record['kinds'].values()
             for path, sha256 in kind['files'].items()}

@@ -16,11 +16,11 @@ from utils import InputError
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
 
 
-def png_by_hand(path, width, height, bits, pixels):
-    """An RGB PNG with the given header and (one row of) pixels, for what Pillow does not write."""
+def png_by_hand(path, width, height, bits, pixels, colour=2):
+    """An RGB (4: grey and alpha) PNG with the given header and (one row of) pixels, for what Pillow does not write."""
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, bits, 2, 0, 0, 0))
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, bits, colour, 0, 0, 0))
                      + chunk(b'IDAT', zlib.compress(b'\0' + pixels)) + chunk(b'IEND', b''))
 
 
@@ -80,6 +80,9 @@ def test_reduced_pages_of_a_pyramid_are_ignored_and_real_pages_refused(tmp_path)
     tifffile.imwrite(tmp_path / 'pages.tif', np.stack([PIXELS, PIXELS]), photometric='rgb')
     with pytest.raises(InputError, match='has 2 pages'):
         read_image(tmp_path / 'pages.tif')
+    tifffile.imwrite(tmp_path / 'labels.tif', np.zeros((2, 8, 8), np.uint32), photometric='minisblack')
+    with pytest.raises(InputError, match='labels.tif has 2 pages; expected one image per file'):
+        read_instance_label(tmp_path / 'labels.tif')
 
 
 def test_16_bit_images_are_refused_unless_scaled(tmp_path):
@@ -92,6 +95,14 @@ def test_16_bit_images_are_refused_unless_scaled(tmp_path):
     for name in ('a.png', 'a.tif'):
         assert read_image(tmp_path / name, scale_16bit=(0, 2000)).tolist() == [[[0, 127, 255], [63, 191, 255]]]
     assert read_image(tmp_path / 'grey.png', scale_16bit=(0, 1000)).tolist() == [[[0] * 3, [127] * 3]]
+    png_by_hand(tmp_path / 'alpha.png', 2, 1, 16, struct.pack('>4H', 0, 9, 500, 9), colour=4)
+    with pytest.raises(InputError, match='alpha.png has 16 bits per channel, and other channels than grey, RGB or'):
+        read_image(tmp_path / 'alpha.png', scale_16bit=(0, 1000))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.array([[0, 500]], np.uint16)).save(tmp_path / 'turned.png', exif=exif)
+    with pytest.raises(InputError, match='turned.png has 16 bits per channel and an EXIF orientation; turn its pixels'):
+        read_image(tmp_path / 'turned.png', scale_16bit=(0, 1000))
 
 
 @pytest.mark.parametrize('name, make, message', [

@@ -25,7 +25,7 @@ from prepare_data import (MULTI_ORGAN_SPLIT, Reinhard_normalizer, color_norm, co
                           create_ternary_labels, draw_split, find_glas, instance_label_from_xml, main, patch_positions,
                           save_instance_label, split_patches, ternary_label)
 from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
-from utils import InputError, save_image
+from utils import InputError, save_image, save_instances
 from weight_map import create_weight_maps, encode_weight_map, weight_map
 
 CROSS = ndimage.generate_binary_structure(2, 1)
@@ -634,6 +634,20 @@ def own(tmp_path):
 
 def prepare_own(folder, out, *options):
     main(['--img-dir', str(folder / 'images'), '--label-dir', str(folder / 'labels'), '--data-dir', str(out), *options])
+
+
+def test_a_label_that_outgrows_its_file_type_replaces_it(tmp_path):
+    label = tmp_path / 'mine/labels/a.png'
+    for seed in range(3):
+        save_image(tmp_path / f'mine/images/{"abc"[seed]}.png', random_image(seed, 260, 270))
+        save_instances(label.with_name(f'{"abc"[seed]}.png'), random_label(seed, 260, 270, objects=20) % 200)
+    ids = pixels(label)
+    (tmp_path / 'split.json').write_text('{"train": ["b"], "val": ["c"], "test": ["a"]}')
+    words = ['--like', 'GlaS', '--split', str(tmp_path / 'split.json')]
+    for factor, ending in ((1, '.bmp'), (300, '.tif'), (1, '.bmp')):
+        save_instances(label, ids * factor)
+        prepare_own(tmp_path / 'mine', tmp_path / 'out', *words)
+        assert [p.name for p in (tmp_path / 'out/labels_instance').rglob('a_*')] == [f'a_anno{ending}']
 
 
 @pytest.mark.parametrize('like, ending', [('MultiOrgan', ''), ('GlaS', '_anno')])
