@@ -80,6 +80,13 @@ def _numbers(count, kind=float):
     return parse
 
 
+def points_and_sigma(words):
+    points, sigma = _numbers(2)(words)
+    if not points.is_integer():
+        raise ValueError('expected a whole number of points and a sigma')
+    return int(points), sigma
+
+
 def float_pair(words):
     values = tuple(float(word) for word in ' '.join(words).replace(',', ' ').split())
     if len(values) != 2 or not values[0] < values[1]:
@@ -173,10 +180,12 @@ TEST = dict(
     batch_size=Option(0, int, 'windows that the network sees at a time; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
     amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, probabilities differ by about 0.01'),
     overwrite=Option(False, boolean, 'compute images again that were finished with the same options and weights'),
-    save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'where the results go'),
+    save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'where the results go, by default into the run of '
+                                                                  'the checkpoint'),
     model_path=Option('./experiments/{dataset}/{run}/checkpoints/checkpoint_{epoch}.pth.tar', str,
                       'checkpoint; by default of the newest run'),
-    color_norm=Option(False, boolean, "give images the colours of the training images, if the checkpoint knows them"),
+    color_norm=Option(False, boolean, 'give images the colours of the training images, which the shipped weights and '
+                                      'those of scripts/export_pretrained.py know'),
     scale_factor=Option(1.0, float, 'enlarge images before the network sees them: 2 for a scan at 20x, trained at 40x',
                         at_least=0.01),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
@@ -238,7 +247,7 @@ TRANSFORM_PARSERS = {                 # in the order in which transforms are app
     'horizontal_flip': lambda words: boolean(' '.join(words)),
     'vertical_flip': lambda words: boolean(' '.join(words)),
     'random_affine': _numbers(1),
-    'random_elastic': lambda words: (int(words[0]), _numbers(2)(words)[1]),
+    'random_elastic': points_and_sigma,
     'random_rotation': _numbers(1),
     'random_crop': _numbers(1, int),
     'label_encoding': _numbers(1, int),
@@ -363,6 +372,19 @@ class Options:
                 crop['random_crop'] = self.train['input_size']
         if self.script == 'test' and ('test', 'img_dir') in self.given and ('test', 'label_dir') not in self.given:
             self.test['label_dir'] = ''
+        if self.script in ('train', 'test'):
+            self._stay_with_the_checkpoint()
+
+    def _stay_with_the_checkpoint(self):
+        """What a checkpoint that was given is trained or tested to lands in its own run folder, without --save-dir."""
+        values, name = (self.train, 'checkpoint') if self.script == 'train' else (self.test, 'model_path')
+        if (self.script, name) not in self.given or (self.script, 'save_dir') in self.given:
+            return
+        run = run_of(values[name])
+        if self.script == 'test':
+            values['save_dir'] = results_folder(values[name], self.dataset)
+        elif run:
+            values['save_dir'] = run
 
     def _run_number(self):
         """Training takes the next free number in ./experiments/{dataset}, testing the newest (1 if there is none)."""
@@ -400,6 +422,9 @@ class Options:
         for split, transforms in self.transform.items():
             for name, value in transforms.items():
                 flag = f'--transform.{split}.{name}'
+                if split == 'test' and name not in ('scale', 'to_tensor', 'normalize'):
+                    raise InputError(f'{flag} is {_show(value)}; expected none: in testing images may be scaled and '
+                                     f'normalised, nothing else')
                 if not all(math.isfinite(x) for x in (value if isinstance(value, (tuple, list)) else [value])):
                     raise InputError(f'{flag} is {_show(value)}; expected finite numbers')
                 if name in at_least and not value >= at_least[name]:
@@ -419,7 +444,8 @@ class Options:
             raise InputError(f'--in-c is {self.model["in_c"]}; expected 3: all images are read as RGB')
         dilations = self.model['dilations']
         if not dilations or min(dilations) < 1:
-            raise InputError(f'--dilations is {_show(dilations)}; expected one or more numbers of at least 1')
+            raise InputError(f'--dilations is {_show(dilations) if dilations else "empty"}; expected one or more '
+                             f'numbers of at least 1')
         for dilation in dilations:
             try:
                 layer_dilations(dilation, self.model['n_layers'], self.model['is_hybrid'])
@@ -438,22 +464,39 @@ class Options:
         for group, options in self.groups.items():
             lines.append(f'\n[{group}]')
             for name in options:
-                changed = (group, name) in self.given and getattr(self, group)[name] != defaults[group][name]
-                mark = f'    [default: {_show(defaults[group][name])}]' if changed else ''
+                default = defaults[group][name]
+                filled_in = '{' in str(default) and (group, name) not in self.given
+                changed = _show(getattr(self, group)[name]) != _show(default) and not filled_in
+                mark = f'    [default: {_show(default)}]' if changed else ''
                 lines.append(f'{name}: {_show(getattr(self, group)[name])}{mark}')
         for split, transforms in self.transform.items():
             lines.append(f'\n[transform.{split}]')
             default = getattr(TRANSFORM, self.dataset)[split]
             for name in [*transforms, *(n for n in default if n not in transforms)]:
-                changed = (f'transform.{split}', name) in self.given
-                mark = f'    [default: {_show(default.get(name, "none"))}]' if changed else ''
-                lines.append(f'{name}: {_show(transforms.get(name, "none"))}{mark}')
+                filled_in = default.get(name) == 'input_size' and (f'transform.{split}', name) not in self.given
+                value, usual = (_show(values.get(name, 'none')) for values in (transforms, default))
+                mark = f'    [default: {usual}]' if value != usual and not filled_in else ''
+                lines.append(f'{name}: {value}{mark}')
         return '\n'.join(lines) + '\n'
 
     def save(self, folder):
         """Write `{script}_options.txt` and the same as JSON into `folder`."""
         write_text(Path(folder) / f'{self.script}_options.txt', self.describe())
         write_text(Path(folder) / f'{self.script}_options.json', json.dumps(self.as_dict(), indent=1) + '\n')
+
+
+def run_of(checkpoint):
+    """The run folder of a checkpoint, '' if it does not lie in the folder `checkpoints` of one."""
+    path = Path(checkpoint)
+    if path.resolve().parent.name != 'checkpoints':
+        return ''
+    return str(path.parent.parent if path.parent.name == 'checkpoints' else path.resolve().parents[1])
+
+
+def results_folder(checkpoint, dataset):
+    """Where the results of a checkpoint go by default: its run folder / `best`, or the like."""
+    run, name = run_of(checkpoint), Path(checkpoint).name.split('.')[0]
+    return f'{run}/{name.removeprefix("checkpoint_")}' if run else f'./experiments/{dataset}/{name}'
 
 
 def _show(value):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dataset import check_mean_std, find_labels, list_images, load_mean_std, read_image, read_instance_label
 from my_transforms import get_transforms
-from options import Options
+from options import Options, results_folder
 from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
                    build_model, choose_device, find_edges, gland_scores_of, inside_mask, load_checkpoint, load_weights,
@@ -52,6 +52,7 @@ OBJECT_COLUMNS = ('id', 'centroid_y', 'centroid_x', 'bbox_top', 'bbox_left', 'bb
 HIT, MISSED, FALSE = (40, 230, 60), (60, 140, 255), (255, 50, 40)           # colours of contours in the overlay
 UNLABELLED = (255, 255, 0)
 N_COLOURS = 12                                                              # of the coloured picture
+RESULT_VERSION = 2                    # counts up when the same input gives other results, so that old ones are not kept
 PRETRAINED = Path(__file__).parent / 'pretrained' / 'FullNet_MultiOrgan.pth.tar'
 # mean and standard deviation of the published data sets, for a published checkpoint without its mean_std.npy
 PUBLISHED_MEAN_STD = {
@@ -101,7 +102,7 @@ def main(argv=None):
             label = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
         seen = image if normalizer is None else normalizer.transform(image)
         bands = probability_bands(model, opt, mean_std, device, seen)
-        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post)
+        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt)
         scores = score(segmentation, label, opt.dataset) if label is not None else None
         if test['save_flag']:
             out.save_images(path.stem, image, segmentation, inside, contour, label)
@@ -131,15 +132,18 @@ def segment(image, checkpoint, *words):
     Returns the instance label, int32 (H, W), and the probability maps, float32 (H', W', classes), (H', W') = (H, W)
     unless the image is scaled. Raises InputError.
     """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f'segment was given {image.dtype} of shape {image.shape}; expected uint8 (H, W, 3), RGB')
     opt = Options(isTrain=False).parse(['--model-path', str(checkpoint), *words])
     device = choose_device(opt.test['gpu'])
     loaded = load_checkpoint(checkpoint)
     take_model_of_checkpoint(opt, loaded)
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
-    seen = np.asarray(image) if normalizer is None else normalizer.transform(image)
+    seen = image if normalizer is None else normalizer.transform(image)
     bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
     probabilities = np.concatenate(list(bands))
-    return segment_bands([probabilities], image.shape[:2], opt.post)[0], probabilities
+    return segment_bands([probabilities], image.shape[:2], opt)[0], probabilities
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ def take_pretrained_if_untrained(opt):
         return
     test['model_path'] = str(PRETRAINED)
     if ('test', 'save_dir') not in opt.given:
-        test['save_dir'] = './experiments/MultiOrgan/pretrained'
+        test['save_dir'] = results_folder(PRETRAINED, opt.dataset)
     print(f'no trained run in ./experiments/MultiOrgan: taking the weights that come with the code, {PRETRAINED}')
 
 
@@ -165,7 +169,7 @@ def find_normalizer(opt, checkpoint):
         return None
     if 'lab' not in checkpoint:
         raise InputError(f'--color-norm True needs the training images\' colours, which {opt.test["model_path"]} does '
-                         f'not carry; leave it out, or normalise with prepare_data.color_norm first')
+                         f'not carry; scripts/export_pretrained.py makes a file that does, of a run and its data')
     normalizer = Reinhard_normalizer()
     normalizer.mean, normalizer.std = np.array(checkpoint['lab'])
     return normalizer
@@ -253,11 +257,14 @@ def resize(image, factor, max_megapixels):
     return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
 
 
-def segment_bands(bands, image_shape, post):
+def segment_bands(bands, image_shape, opt):
     """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
 
-    The maps hold 255 times the probability. image_shape: (H, W).
+    The maps hold 255 times the probability. image_shape: (H, W). The contour that the dilation gives back is as many
+    pixels wide where the network saw it, so with scale_factor 2 half as many in the image.
     """
+    post = opt.post
+    radius = round(post['radius'] / opt.test['scale_factor'])
     masks, inside, contour = [], [], []
     for band in bands:
         masks.append(inside_mask(band, post['inside_threshold']))
@@ -265,7 +272,7 @@ def segment_bands(bands, image_shape, post):
         contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
         del band                                                     # before the next one is made
     masks, inside, contour = map(np.concatenate, (masks, inside, contour))
-    label = post_process(masks, post['min_area'], post['radius'], image_shape, post['fill_holes'],
+    label = post_process(masks, post['min_area'], radius, image_shape, post['fill_holes'],
                          post['watershed'], post['grow'], (inside, contour))
     return label, inside, contour
 
@@ -310,7 +317,7 @@ class Results:
         self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
         ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
                    'batch_size', 'overwrite')
-        self.made_of = [opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
+        self.made_of = [RESULT_VERSION, opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
                         sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
         self.records = {}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dataset import DataFolder, EpochBatches, batch_items, ignore_interrupt, load_mean_std
 from loss import VarCELoss
 from my_transforms import get_transforms
-from options import Options
+from options import Options, run_of
 from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, Processes, StopRequest, WeightAverage,
                    accuracy_pixel_level, atomic_path, build_model, load_checkpoint, load_weights, run_script,
                    save_checkpoint, save_image, sha256_of, split_forward, write_text)
@@ -373,12 +373,15 @@ class TrainingState:
             load_weights(self.model, checkpoint['raw_state_dict'], opt.model, path)
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
+            for group in self.optimizer.param_groups:                  # a published checkpoint may have another
+                group['weight_decay'] = opt.train['weight_decay']
             self.epoch, self.best_iou = operator.index(checkpoint['epoch']), float(checkpoint['best_iou'])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f'{path} holds no epoch, best_iou or optimizer state that fits the network ({error}); '
                              f'start a new run from its weights with --init-from') from error
         self.step = self.epoch * self.steps_per_epoch
-        if 'step' not in checkpoint:                                   # published
+        if 'step' not in checkpoint:                                   # published: its results are in a file only
+            self.history = read_results(Path(run_of(path), 'epoch_results.txt'), self.epoch) if run_of(path) else []
             return
         self.batch, self.step, self.history = checkpoint['batch'], checkpoint['step'], checkpoint['history']
         self.steps_planned = checkpoint['steps_planned']
@@ -399,8 +402,6 @@ def take_options_of_run(opt, checkpoint):
     if not checkpoint.get('optimizer'):
         raise InputError(f'{path} holds no optimizer state, so that it cannot be resumed; '
                          f'start a new run from its weights with --init-from')
-    if ('train', 'save_dir') not in opt.given and path.resolve().parent.name == 'checkpoints':
-        opt.train['save_dir'] = str(path.parent.parent)
     stored = checkpoint.get('options')
     if not stored:                                                     # published: options.py decides
         return
@@ -420,6 +421,21 @@ def take_options_of_run(opt, checkpoint):
                 values[name] = before[name]
         if split:
             opt.transform[split] = dict(before)
+
+
+def read_results(path, epoch):
+    """Rows of an epoch_results.txt up to `epoch`, [] if there is no such file. Raises InputError for any other file."""
+    if not path.is_file():
+        return []
+    try:
+        rows = [line.split('\t') for line in path.read_text(encoding='utf-8').splitlines()[1:]]
+        rows = [[int(first), *map(float, rest)] for first, *rest in rows]
+    except ValueError:
+        rows = [[]]
+    if any(len(row) != len(COLUMNS) for row in rows):
+        raise InputError(f'{path} is not a table of {len(COLUMNS)} columns of numbers, one row for each epoch; move it '
+                         f'to another folder')
+    return [row for row in rows if row[0] <= epoch]
 
 
 def is_free(folder):
@@ -446,10 +462,12 @@ class Run:
         self.state, self.opt, self.mean_std, self.info = state, opt, mean_std, None
         self.lock = FolderLock(opt.train['save_dir'])
         folder = Path(opt.train['save_dir'])
-        if not opt.train['checkpoint'] and not is_free(folder):
+        run = run_of(opt.train['checkpoint'])
+        resumes = run and Path(run).resolve() == folder.resolve()
+        if not resumes and not is_free(folder):
             if not opt.train['overwrite']:
                 self.lock.release()
-                raise InputError(f'{folder} is not empty; resume with --checkpoint-path '
+                raise InputError(f'{folder} is not empty; resume the run in it with --checkpoint-path '
                                  f'{folder}/checkpoints/checkpoint.pth.tar, choose another --save-dir, or replace the '
                                  f'run with --overwrite True')
             for name in RUN_FILES:

@@ -581,12 +581,10 @@ def window_grid(length, size, overlap):
 
     A window reads [start, stop) and writes [first, end): all but its outer overlap // 2 pixels, except at the border.
     """
-    if length <= max(size, overlap):
+    if length <= size:
         return length, [(0, length, 0, length)]
     stride = size - overlap
-    padded = length
-    if length > size:
-        padded += stride - (length - size) % stride
+    padded = length + stride - (length - size) % stride
     windows = []
     for start in range(0, padded - overlap, stride):
         stop = min(start + size, padded)

@@ -34,8 +34,6 @@ SETTINGS = (
     ('network', 'model.name'),
     ('layers of a block', 'model.n_layers'),
     ('growth rate', 'model.growth_rate'),
-    ('images', 'test.img_dir'),
-    ('labels', 'test.label_dir'),
     ('test-time augmentation', 'test.tta'),
     ('patch size, px (0: whole image)', 'test.patch_size'),
     ('patch overlap, px', 'test.overlap'),

@@ -6,10 +6,13 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
 DATA_DIR=${DATA_DIR:-./data/GlaS}
 
-python train.py --dataset GlaS --data-dir "$DATA_DIR" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"
+# the run folder is settled here, so that what is tested is what was trained
+set -- --dataset GlaS --data-dir "$DATA_DIR" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"
+SAVE_DIR=$(python -c 'from options import Options; from utils import run_script
+run_script(lambda: print(Options().parse().train["save_dir"]))' "$@")
+python train.py "$@" --save-dir "$SAVE_DIR"
 
 for images in testA testB; do
-    python test.py --dataset GlaS --data-dir "$DATA_DIR" \
-        --img-dir "$DATA_DIR/images/$images" --label-dir "$DATA_DIR/labels_instance/$images" \
-        ${SAVE_DIR:+--model-path "$SAVE_DIR/checkpoints/checkpoint_best.pth.tar" --save-dir "$SAVE_DIR/best"}
+    python test.py --dataset GlaS --model-path "$SAVE_DIR/checkpoints/checkpoint_best.pth.tar" \
+        --save-dir "$SAVE_DIR/best" --img-dir "$DATA_DIR/images/$images" --label-dir "$DATA_DIR/labels_instance/$images"
 done

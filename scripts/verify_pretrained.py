@@ -5,10 +5,11 @@
 
 Beside the weights lie README.md, a model card with their SHA-256, and expected.json, with the number of objects and the
 mean probabilities in two images: the immunohistochemistry picture of scikit-image (real tissue, 512 x 512, part of the
-package: nothing is downloaded), recoloured as H&E, with --color-norm True; and a synthetic one. Numbers of objects may differ by 5 %, mean probabilities by 0.01. With
-DATA_DIR, a folder prepared by prepare_data.py, the scores on its val images are computed anew; the mean AJI may differ
-by 0.005 from that in the weights. --tta chooses which of the scores in the weights; full takes 8 times as long as none.
-A line for each check; exit code 0: all pass, 1: some fail, 2: they cannot be made.
+package: nothing is downloaded), recoloured as H&E, with --color-norm True; and a synthetic one. Numbers of objects may
+differ by 5 %, mean probabilities by 0.01. With DATA_DIR, a folder prepared by prepare_data.py, the scores on its val
+images are computed anew; the mean AJI may differ by 0.005 from that in the weights. --tta chooses which of the scores
+in the weights; full takes 8 times as long as none. A line for each check; exit code 0: all pass, 1: some fail, 2: they
+cannot be made.
 
 --write: for whoever made new weights; writes expected.json, the facts that the weights carry into README.md, and the
 objects found in the tissue, tissue.jpg.

@@ -1,5 +1,6 @@
 """Defaults, command line, and what is refused."""
 import json
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +163,8 @@ def test_the_crop_follows_input_size_unless_given():
     (['--is-hybrid', 'maybe'], "--is-hybrid is 'maybe'; expected True or False"),
     (['--n-layers', '5'], r'no hybrid dilations for \(dilation, n_layers\) = \(1, 5\)'),
     (['--in-c', '1'], '--in-c is 1; expected 3: all images are read as RGB'),
+    (['--dilations', ''], '--dilations is empty; expected one or more numbers of at least 1'),
+    (['--transform.train.random_elastic', '6.5,15'], 'expected a whole number of points and a sigma'),
     (['--dilations', '0'], '--dilations is 0; expected one or more numbers of at least 1'),
     (['--input-size', '80'], '--val-overlap is 80; expected less than --input-size, 80'),
     (['--transform.train.random_elastic', '6'], "random_elastic is '6'; expected 2 numbers"),
@@ -174,6 +177,7 @@ def test_values_that_are_refused(words, message):
 @pytest.mark.parametrize('words, message', [
     (['--tta', 'some'], "--tta is 'some'; expected full, flips or none"),
     (['--overlap', '208'], '--overlap is 208; expected less than --patch-size, 208'),
+    (['--transform.test.horizontal_flip', 'True'], '--transform.test.horizontal_flip is True; expected none: in test'),
     (['--scale-16bit', '9', '3'], 'expected two numbers LO HI with LO < HI'),
 ])
 def test_test_values_that_are_refused(words, message):
@@ -181,12 +185,33 @@ def test_test_values_that_are_refused(words, message):
         for_testing(*words)
 
 
+def test_results_go_to_the_run_of_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('run/checkpoints').mkdir(parents=True)
+    for checkpoint, folder in [('run/checkpoints/checkpoint_best.pth.tar', 'run/best'),
+                               ('run/checkpoints/checkpoint_100.pth.tar', 'run/100'),
+                               ('run/checkpoints/checkpoint.pth.tar', 'run/checkpoint'),
+                               ('weights/mine.pth.tar', './experiments/GlaS/mine')]:
+        words = ['--dataset', 'GlaS', '--model-path', checkpoint]
+        assert for_testing(*words).test['save_dir'] == folder
+        assert for_testing(*words, '--save-dir', 'out').test['save_dir'] == 'out'
+    resumed = ['--checkpoint-path', 'run/checkpoints/checkpoint_100.pth.tar']
+    assert for_training(*resumed).train['save_dir'] == 'run'
+    assert for_training(*resumed, '--save-dir', 'out').train['save_dir'] == 'out'
+    assert for_training('--checkpoint-path', 'mine.pth.tar').train['save_dir'] == './experiments/MultiOrgan/1'
+    monkeypatch.chdir('run/checkpoints')
+    assert for_training('--checkpoint-path', 'checkpoint.pth.tar').train['save_dir'] == str(tmp_path / 'run')
+
+
 def test_all_options_are_written_down_and_changed_ones_marked(tmp_path):
     opt = for_training('--lr', '0.5', '--transform.train.random_affine', 'none')
     opt.save(tmp_path / 'run')
     text = (tmp_path / 'run' / 'train_options.txt').read_text()
     assert 'lr: 0.5    [default: 0.001]' in text and 'random_affine: none    [default: 0.3]' in text
-    assert 'batch_size: 8\n' in text
+    for line in ('batch_size: 8', 'random_crop: 208', 'save_dir: ./experiments/MultiOrgan/1'):
+        assert f'{line}\n' in text
+    opt.train['batch_size'] = 4                                  # as from a checkpoint
+    assert 'batch_size: 4    [default: 8]' in opt.describe()
     stored = json.loads((tmp_path / 'run' / 'train_options.json').read_text())
     assert stored['train']['lr'] == 0.5 and stored['dataset'] == 'MultiOrgan'
 

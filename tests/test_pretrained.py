@@ -291,4 +291,4 @@ def test_the_shipped_weights(tmp_path, monkeypatch, capsys):
     Image.fromarray(verify_pretrained.test_images()['demo'][0][:96, :96]).save('images/a.png')
     test_script.main(['--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
     assert 'taking the weights that come with the code' in capsys.readouterr().out
-    assert len(list(Path('experiments/MultiOrgan/pretrained').rglob('a_seg.tiff'))) == 1
+    assert len(list(Path('experiments/MultiOrgan/FullNet_MultiOrgan').rglob('a_seg.tiff'))) == 1

@@ -22,7 +22,7 @@ import test as test_script
 import train
 from dataset import read_instance_label
 from prepare_data import Reinhard_normalizer
-from utils import (InputError, Processes, build_model, load_checkpoint, match_objects, save_instances,
+from utils import (InputError, Processes, build_model, dilate, load_checkpoint, match_objects, save_instances,
                    standard_metrics)
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -121,6 +121,21 @@ def test_images_without_labels(images):
         out = segment(images, *words, labels=False)
         assert not (out / 'set_test_result.txt').exists()
         assert len(list((out / 'set_segmentation').glob('*_seg.tiff'))) == 2
+
+
+def test_segment_says_what_it_expects(trained):
+    for image in (np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3)), Image.new('L', (64, 64))):
+        with pytest.raises(InputError, match='segment was given .*; expected uint8'):
+            test_script.segment(image, trained / 'pretrained/weights.pth.tar')
+
+
+def test_results_of_another_version_are_computed_again(images, monkeypatch, capsys):
+    segment(images)
+    segment(images)
+    assert '2 images were finished before' in capsys.readouterr().out
+    monkeypatch.setattr(test_script, 'RESULT_VERSION', test_script.RESULT_VERSION + 1)
+    segment(images)
+    assert 'finished before' not in capsys.readouterr().out
 
 
 def test_save_flag_off_still_scores(images):
@@ -276,7 +291,7 @@ def test_a_process_that_wrote_elsewhere_is_noticed(images, monkeypatch):
             super().__init__(gpu)
             self.count = 2
         sums = staticmethod(list)
-        end = staticmethod(lambda: None)
+        wait = end = staticmethod(lambda: None)
     monkeypatch.setattr(test_script, 'Processes', FirstOfTwo)
     with pytest.raises(InputError, match=r'no record of .*b\.1\.png in out, though another process .* into one folder'):
         segment(images)
@@ -517,7 +532,7 @@ def test_without_a_run_the_shipped_weights_are_taken(trained, monkeypatch, capsy
     words = ['--img-dir', str(trained / 'data/images/test_same'), '--gpu', 'cpu', '--tta', 'none']
     test_script.main(words)
     assert 'taking the weights that come with the code' in capsys.readouterr().out
-    assert len(list(Path('experiments/MultiOrgan/pretrained').rglob('*_seg.tiff'))) == 2
+    assert len(list(Path('experiments/MultiOrgan/weights').rglob('*_seg.tiff'))) == 2
     with pytest.raises(InputError, match='no checkpoint at .*/best.pth.tar|no checkpoint at'):
         test_script.main([*words, '--epoch', '3'])                     # asked for: not replaced by something else
     folder = Path('experiments/MultiOrgan/4/checkpoints')
@@ -547,3 +562,8 @@ def test_color_norm_and_scale_factor(trained):
     double = np.asarray(Image.fromarray(image).resize((128, 128), Image.BILINEAR))
     assert probabilities.shape == (128, 128, 3) and label.shape == (64, 64)
     assert np.array_equal(probabilities, test_script.segment(double, weights, *words)[1])
+
+    words += ['--scale-factor', '2', '--inside-threshold', f'{np.quantile(probabilities[..., 1], 0.7):.4f}',
+              '--min-area', '1']
+    wide, none = (test_script.segment(image, weights, *words, '--radius', radius)[0] for radius in ('4', '0'))
+    assert none.any() and np.array_equal(wide, dilate(none, 2))                # 4 pixels in the image of twice the size

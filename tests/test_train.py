@@ -325,8 +325,25 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
     published = {key: stored[key] for key in ('epoch', 'state_dict', 'best_iou', 'optimizer')}
     torch.save(published, tmp_path / 'published.pth.tar')
     checkpoint, rows = run(data, tmp_path / 'run', '--checkpoint-path', str(tmp_path / 'published.pth.tar'),
-                           '--epochs', '2')
+                           '--epochs', '2', '--weight-decay', '0.5')
     assert checkpoint['epoch'] == 2 and [row['epoch'] for row in rows] == [2]
+    assert checkpoint['optimizer']['param_groups'][0]['weight_decay'] == 0.5
+
+    (tmp_path / 'theirs/checkpoints').mkdir(parents=True)
+    torch.save(published, tmp_path / 'theirs/checkpoints/checkpoint_1.pth.tar')
+    table = tmp_path / 'theirs/epoch_results.txt'
+    values = '\t'.join(f'0.{k}000' for k in range(1, 9))
+    table.write_text('\t'.join(train.COLUMNS) + f'\n1\t{values}\n2\t{values}\n')
+    words = [*SMALL, '--data-dir', str(data), '--checkpoint-path',
+             str(tmp_path / 'theirs/checkpoints/checkpoint_1.pth.tar'), '--epochs', '2']
+    train.main(words)                                                # row 2 is made anew
+    assert [line.split('\t')[0] for line in table.read_text().splitlines()] == ['epoch', '1', '2']
+    assert table.read_text().splitlines()[1] == f'1\t{values}' and table.read_text().count(values) == 1
+    table.write_text('no table\n1\n')
+    with pytest.raises(InputError, match='theirs/epoch_results.txt is not a table of 9 columns'):
+        train.main(words)
+    assert table.read_text() == 'no table\n1\n'
+
     torch.save({**published, 'optimizer': {}}, tmp_path / 'published.pth.tar')
     with pytest.raises(InputError, match='holds no optimizer state, .* with --init-from'):
         run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'))
@@ -419,8 +436,12 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, data, tmp_path, monkeyp
 
 def test_an_older_run_is_not_overwritten_unless_asked(data, tmp_path):
     run(data, tmp_path / 'run', '--epochs', '2')
-    with pytest.raises(InputError, match='run is not empty; resume with --checkpoint-path .*or replace the run with'):
+    refusal = 'run is not empty; resume the run in it with --checkpoint-path .*or replace the run with'
+    with pytest.raises(InputError, match=refusal):
         run(data, tmp_path / 'run')
+    run(data, tmp_path / 'other')
+    with pytest.raises(InputError, match=refusal):
+        run(data, tmp_path / 'run', '--checkpoint-path', str(tmp_path / 'other/checkpoints/checkpoint.pth.tar'))
     assert len(results(tmp_path / 'run')) == 2
     (tmp_path / 'run' / 'notes.txt').write_text('mine')
     run(data, tmp_path / 'run', '--overwrite', 'True')
@@ -462,11 +483,14 @@ def test_a_missing_checkpoint_is_not_a_fresh_start(data, tmp_path):
                                                 ('run_GlaS.sh', make_glas, ('testA', 'testB'))])
 def test_run_scripts_train_and_test_both_sets(tmp_path, script, make, sets):
     folder = make(tmp_path / 'my data')
-    environment = {**os.environ, 'DATA_DIR': str(folder), 'SAVE_DIR': str(tmp_path / 'run'),
+    environment = {**os.environ, 'DATA_DIR': str(folder),
                    'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
     small = [word for word in SMALL if word != 'cpu' and word != '--gpu']
-    scale = ['--transform.train.scale', '44'] if 'GlaS' in script else []
-    subprocess.run(['sh', str(ROOT / 'scripts' / script), *small, *scale], env=environment, check=True, cwd=tmp_path,
+    if 'GlaS' in script:                                             # the run folder as a variable, and as an option
+        words, environment['SAVE_DIR'] = ['--transform.train.scale', '44'], str(tmp_path / 'run')
+    else:
+        words = ['--save-dir', str(tmp_path / 'run')]
+    subprocess.run(['sh', str(ROOT / 'scripts' / script), *small, *words], env=environment, check=True, cwd=tmp_path,
                    capture_output=True)
     for name in sets:
         table = (tmp_path / 'run' / 'best' / f'{name}_test_result.txt').read_text()
