@@ -102,7 +102,8 @@ def main(argv=None):
             label = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
         seen = image if normalizer is None else normalizer.transform(image)
         bands = probability_bands(model, opt, mean_std, device, seen)
-        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt)
+        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post,
+                                                      test['scale_factor'])
         scores = score(segmentation, label, opt.dataset) if label is not None else None
         if test['save_flag']:
             out.save_images(path.stem, image, segmentation, inside, contour, label)
@@ -143,7 +144,7 @@ def segment(image, checkpoint, *words):
     seen = image if normalizer is None else normalizer.transform(image)
     bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
     probabilities = np.concatenate(list(bands))
-    return segment_bands([probabilities], image.shape[:2], opt)[0], probabilities
+    return segment_bands([probabilities], image.shape[:2], opt.post, opt.test['scale_factor'])[0], probabilities
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -257,14 +258,12 @@ def resize(image, factor, max_megapixels):
     return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
 
 
-def segment_bands(bands, image_shape, opt):
+def segment_bands(bands, image_shape, post, scale_factor=1):
     """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
 
-    The maps hold 255 times the probability. image_shape: (H, W). The contour that the dilation gives back is as many
-    pixels wide where the network saw it, so with scale_factor 2 half as many in the image.
+    The maps hold 255 times the probability. image_shape: (H, W). The contour that the dilation gives back is `radius`
+    pixels wide in what the network saw, so with scale_factor 2 half as many in the image.
     """
-    post = opt.post
-    radius = round(post['radius'] / opt.test['scale_factor'])
     masks, inside, contour = [], [], []
     for band in bands:
         masks.append(inside_mask(band, post['inside_threshold']))
@@ -272,6 +271,7 @@ def segment_bands(bands, image_shape, opt):
         contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
         del band                                                     # before the next one is made
     masks, inside, contour = map(np.concatenate, (masks, inside, contour))
+    radius = round(post['radius'] / scale_factor)
     label = post_process(masks, post['min_area'], radius, image_shape, post['fill_holes'],
                          post['watershed'], post['grow'], (inside, contour))
     return label, inside, contour
