@@ -371,7 +371,7 @@ class Workers:
         with self.lock:
             if Workers.active == 0:
                 Workers.threads = torch.get_num_threads()
-                torch.set_num_threads(1)
+            torch.set_num_threads(1)            # of this thread
             Workers.active += 1
             if self.threads > 1 and self.threads not in self.pools:
                 self.pools[self.threads] = ThreadPoolExecutor(self.threads)
@@ -380,10 +380,11 @@ class Workers:
         return self
 
     def __exit__(self, *_):
-        wait(self.futures.copy())       # some may be left after an error
-        with self.lock:
-            Workers.active -= 1
-            if Workers.active == 0:
+        try:
+            wait(self.futures.copy())       # some may be left after an error
+        finally:
+            with self.lock:
+                Workers.active -= 1
                 torch.set_num_threads(self.threads)
 
     def submit(self, function, *args):

@@ -86,6 +86,7 @@ def main(argv=None):
 
     out = Results(Path(test['save_dir']), set_name, opt, mean_std, processes.rank)
     if processes.rank == 0:
+        out.remove_tables()
         opt.save(out.folder)
     with processes.watched(go_on):
         processes.wait()                                                 # until the first one has the set's lock
@@ -323,6 +324,11 @@ class Results:
         self.records = {}
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
+    def remove_tables(self):
+        """Those of an earlier test, which would be read as made with the options of this one."""
+        for ending in ('test_result.txt', 'metrics.csv', 'metrics.json'):
+            (self.folder / f'{self.set_name}_{ending}').unlink(missing_ok=True)
+
     def path(self, kind, name, ending):
         return self.folder / f'{self.set_name}_{kind}' / f'{name}{ending}'
 
@@ -383,15 +389,14 @@ class Results:
             meter.update(list(row.values()))
         mean = dict(zip(images[names[0]], meter.avg.tolist()))
         pooled = dict.fromkeys(columns) | without_published(standard_metrics_of(pool(list(tables.values()))))
-        rows = {**images, 'mean': mean, 'pooled': pooled}
-        rows = {name: {key: None if value is None or np.isnan(value) else value for key, value in row.items()}
-                for name, row in rows.items()}
+        *rows, mean, pooled = ({key: None if value is None or np.isnan(value) else value for key, value in row.items()}
+                               for row in (*images.values(), mean, pooled))
         summary = {'dataset': self.dataset, 'set': self.set_name,
                    'definitions': {key: DEFINITIONS[key] for key in mean},
-                   'images': {name: rows[name] for name in images}, 'mean': rows['mean'], 'pooled': rows['pooled']}
+                   'images': dict(zip(images, rows)), 'mean': mean, 'pooled': pooled}
         write_text(self.folder / f'{self.set_name}_metrics.json', json.dumps(summary, indent=1) + '\n')
         lines = [['image', *mean]] + [[name, *('' if value is None else f'{value:.6f}' for value in row.values())]
-                                      for name, row in rows.items()]
+                                      for name, row in zip((*images, 'mean', 'pooled'), (*rows, mean, pooled))]
         write_text(self.folder / f'{self.set_name}_metrics.csv', csv_text(lines))
         return text
 

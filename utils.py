@@ -125,6 +125,8 @@ class StopRequest:
     def _request(self, number, frame):
         alone = self.processes.count == 1
         if self.signal is not None and alone:
+            if number == signal.SIGTERM:
+                sys.exit(128 + number)
             raise KeyboardInterrupt
         self.signal = number
         if self.processes.rank == 0:

@@ -5,7 +5,8 @@
 
 Every arm is trained with every seed under two budgets. Equal steps: as many as the FullNet arms make in `--minutes`.
 Equal minutes: FCN_pooling, which is faster, makes as many steps more as its measured speed allows. Steps are fixed from
-a measurement at the start, kept in budgets.json, so that what else the machine does later changes nothing. Scores are
+a measurement at the start, one training at a time, kept in budgets.json, so that what else the machine does later
+changes nothing; the table has the minutes that each arm then took. Scores are
 those of the whole validation images (val_full) without test-time augmentation. A run that is finished is not run again.
 """
 import itertools
@@ -42,6 +43,7 @@ RECIPE = ['--n-layers', '4', '--growth-rate', '8', '--batch-size', '4', '--lr', 
           '--workers', '1', '--grid-every', '0']
 SCORES = {'AJI': 'published_AJI', 'Dice': 'published_Dice', 'F1': 'published_F1', 'aji': 'aji', 'pq': 'pq'}
 BUDGETS = ('equal steps', 'equal minutes')
+running = []                                    # processes of train.py and test.py
 
 
 class Job(NamedTuple):
@@ -74,11 +76,18 @@ def main(argv=None):
     jobs = [Job(arm, seed, n) for seed in args.seeds for arm in args.arms for n in sorted(set(epochs_of(arm, epochs)))]
     print(f'{len(jobs)} trainings, {args.jobs} at a time with {threads} threads each; results in {args.out}')
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = [pool.submit(finished, job, args.out, words, args.data_dir, threads) for job in jobs]
-        if wait(running, return_when=FIRST_EXCEPTION).not_done:
+        futures = [pool.submit(finished, job, args.out, words, args.data_dir, threads) for job in jobs]
+        try:
+            if wait(futures, return_when=FIRST_EXCEPTION).not_done:
+                pool.shutdown(wait=False, cancel_futures=True)
+                print('a training failed; those that run end first', file=sys.stderr)
+        except (KeyboardInterrupt, SystemExit):                              # Ctrl-C, SIGTERM
             pool.shutdown(wait=False, cancel_futures=True)
-            print('a training failed; those that run end first', file=sys.stderr)
-    scores = dict(zip(jobs, (future.result() for future in running)))
+            print('the trainings that run save a checkpoint and end', file=sys.stderr)
+            for process in running:
+                process.terminate()
+            raise
+    scores = dict(zip(jobs, (future.result() for future in futures)))
     text = report(scores, args.arms, args.seeds, epochs)
     write_text(args.out / 'ablation.md', text)
     write_text(args.out / 'ablation.json', json.dumps([job._asdict() | values for job, values in scores.items()],
@@ -172,8 +181,12 @@ def call(words, threads, log):
     with open(log, 'a', encoding='utf-8') as file:
         file.write(f'$ {shlex.join(words)}\n')
         file.flush()
-        code = subprocess.run(words, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}, stdout=file,
-                              stderr=subprocess.STDOUT).returncode
+        # in a session of their own, so that Ctrl-C reaches them once: from `main`
+        process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}, stdout=file,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        running.append(process)
+        code = process.wait()
+        running.remove(process)
     if code:
         raise InputError(f'{Path(words[1]).name} ended with exit code {code}; see {log}, then start this again')
 
@@ -203,8 +216,7 @@ def report(scores, arms, seeds, epochs):
     for budget in BUDGETS:
         for first, second in zip(arms, arms[1:]):
             a, b = (of_arm(scores, arm, budget, seeds, epochs, 'AJI') for arm in (first, second))
-            better = (b > a).sum()
-            verdict = 'all seeds agree' if better in (0, len(seeds)) else 'the seeds disagree'
+            verdict = 'all seeds agree' if abs(np.sign(b - a).sum()) == len(seeds) else 'the seeds disagree'
             lines.append(f'{budget}, AJI: {second} minus {first}: {np.mean(b - a):+.4f} (by seed: '
                          + ' '.join(f'{d:+.4f}' for d in b - a) + f'); {verdict if len(seeds) > 1 else "one seed"}.  ')
     return '\n'.join(lines) + '\n'

@@ -7,10 +7,10 @@
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
-ternary labels, weight maps and metrics. The versions take turns in every
-repeat, so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory
-runs each version in a process of its own, and the plain one needs over 17 GB at batch 8. windows shows what larger
-windows buy; large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own.
+ternary labels, weight maps and metrics; 'plain, channels last' has our loss. The versions take turns in every repeat,
+so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory runs each
+version in a process of its own, and the plain one needs over 17 GB at batch 8. windows shows what larger windows buy;
+large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own.
 """
 import argparse
 import copy
@@ -45,7 +45,7 @@ from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,
                           read_xml_regions, ternary_label)
 from test import score, segment                                                     # noqa: E402
 from utils import (InputError, Parser, gland_accuracy_object_level, load_checkpoint,  # noqa: E402
-                   nuclei_accuracy_object_level, run_script, standard_metrics)
+                   nuclei_accuracy_object_level, run_script, standard_metrics, standard_metrics_of)
 from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
 
 SIZE = 208
@@ -220,16 +220,16 @@ def benchmark_gradients(args):
     print_table(('', '|a - b| / |b|'), [(name, f'{(a - b).norm() / b.norm():.1e}') for name, (a, b) in pairs.items()])
 
 
-def peak_gigabytes(mode, batch):
+def peak_gigabytes(mode, batch, threads):
     """Peak memory of a process that does one training step."""
-    command = [sys.executable, __file__, 'one_step', '--mode', mode, '--batch', str(batch)]
+    command = [sys.executable, __file__, 'one_step', '--mode', mode, '--batch', str(batch), '--threads', str(threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout) if done.returncode == 0 else None
 
 
 def benchmark_memory(args):
     batch = args.batch if args.batch_given else 8
-    peaks = {mode: peak_gigabytes(mode, batch) for mode in MODES}
+    peaks = {mode: peak_gigabytes(mode, batch, args.threads) for mode in MODES}
     print(f'Peak memory of a training step, batch {batch} of {SIZE} x {SIZE}')
     print_table(('', 'GB', 'of plain'),
                 [(mode, f'{peak:.2f}' if peak else 'failed (out of memory?)',
@@ -248,8 +248,7 @@ def benchmark_profile(args):
     groups = {'matrix products': ('aten::mm', 'aten::addmm'), 'first and last convolution': ('convolution',),
               'copies, shifted or masked': ('aten::copy_', 'aten::fill_'), 'random numbers': ('random_',),
               'batch norm': ('mean', 'sum', 'norm', 'batch_norm'), 'LeakyReLU': ('leaky_relu',),
-              'additions, multiplications': ('aten::add', 'aten::mul', 'aten::sub', 'aten::ge'),
-              'optimizer': ('Adam', '_foreach')}
+              'additions, multiplications, also in Adam': ('aten::add', 'aten::mul', 'aten::sub', 'aten::ge')}
     totals = dict.fromkeys([*groups, 'Python, views and other'], 0)
     for event in profiler.key_averages():
         names = [group for group, keys in groups.items() if any(key in event.key for key in keys)]
@@ -275,7 +274,9 @@ def benchmark_loss(args):
 
 
 def benchmark_loader(args):
+    itk_threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     torch.set_num_threads(1)        # as in a worker of the data loader
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     rng = np.random.default_rng(0)
     image, label = (Image.fromarray(rng.integers(0, 255, (250, 250, 3), dtype=np.uint8)) for _ in range(2))
     weight = Image.fromarray(rng.integers(0, 255, (250, 250), dtype=np.uint8))
@@ -286,11 +287,12 @@ def benchmark_loader(args):
     plain = copy.deepcopy(ours)
     plain.transforms = [PlainElastic(t.n, t.sigma) if isinstance(t, RandomElastic) else t for t in plain.transforms]
     generator = {name: np.random.default_rng(0) for name in ('plain', 'ours')}
-    print('All eleven transforms on a patch of 250 x 250, one process')
+    print('All eleven transforms on a patch of 250 x 250, one thread')
     functions = {'plain': lambda: plain([image, weight, label], generator['plain']),
                  'ours': lambda: ours([image, weight, label], generator['ours'])}
     print_times(take_turns(functions, 10 * args.repeats), 'patches', 1)
     torch.set_num_threads(args.threads)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(itk_threads)
 
 
 def made_up_label(n, size=1000, seed=0):
@@ -402,16 +404,19 @@ def benchmark_inference(args):
             return model(x)
         return forward
     functions = {name: run(name) for name in settings}
-    a = torch.randn(2048, 2048)
-    seconds = take_turns(functions | {'product': lambda: a @ a}, 2 * args.repeats)
-    peak = 2 * 2048 ** 3 / 1e9 / min(seconds.pop('product'))
+    matrices = {'float32': torch.randn(2048, 2048), 'bfloat16': torch.randn(2048, 2048).bfloat16()}
+    products = {dtype: partial(torch.mm, a, a) for dtype, a in matrices.items()}
+    seconds = take_turns(functions | products, 2 * args.repeats)
+    peak = {dtype: 2 * 2048 ** 3 / 1e9 / min(seconds.pop(dtype)) for dtype in products}
     print(f'Testing: default FullNet, one window of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
     print_times(seconds, 'windows', 1)
     plain = functions['plain']().softmax(1)
     work = gflop_per_patch(net) / 3
-    print(f'{work:.0f} GFLOP per window; a product of 2048 x 2048 matrices in float32 reaches {peak:.0f} GFLOP/s')
+    print(f'{work:.0f} GFLOP per window; a product of 2048 x 2048 matrices reaches '
+          + ', '.join(f'{rate:.0f} GFLOP/s in {dtype}' for dtype, rate in peak.items()))
     print_table(('', 'GFLOP/s', 'of the matrix product', 'largest difference of a probability'),
-                [(name, f'{work / min(s):.0f}', f'{work / min(s) / peak:.0%}',
+                [(name, f'{work / min(s):.0f}',
+                  f'{work / min(s) / peak["bfloat16" if "amp" in name else "float32"]:.0%}',
                   f'{(functions[name]().softmax(1) - plain).abs().max():.1e}') for name, s in seconds.items()])
 
 
@@ -471,7 +476,8 @@ def benchmark_metrics(args):
         gt = made_up_label(n, size)
         pred = np.roll(gt, (2, 3), (0, 1))
         functions = {'nuclei': nuclei_accuracy_object_level, 'gland': gland_accuracy_object_level,
-                     'standard': standard_metrics, 'test.py': partial(score, dataset='MultiOrgan')}
+                     'standard': standard_metrics,
+                     'test.py': lambda pred, gt: standard_metrics_of(score(pred, gt, 'MultiOrgan').table)}
         if size == 1000:
             functions['plain'] = plain_nuclei_scores
         best = {name: min(times) for name, times in

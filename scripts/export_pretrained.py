@@ -77,8 +77,8 @@ def scores_of(results, weights):
         raise InputError(f'the scores in {results} are of other weights, {options["test"]["model_path"]}; run test.py '
                          f'with the checkpoint that is exported')
     metrics = json.loads(files[0].read_text(encoding='utf-8'))
-    return {'set': metrics['set'], 'test': {name: options['test'][name] for name in ('tta', 'amp', 'patch_size',
-                                                                                    'overlap')},
+    names = ('tta', 'amp', 'patch_size', 'overlap', 'color_norm', 'scale_factor')
+    return {'set': metrics['set'], 'test': {name: options['test'][name] for name in names},
             'post': options['post'], 'mean': metrics['mean'], 'images': metrics['images']}
 
 

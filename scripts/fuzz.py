@@ -1,12 +1,12 @@
-"""Feed damaged files to the readers: each has to be read right, or refused with one line (`InputError`).
+"""Feed damaged files to the readers: what they read has to be an image, a label, ..., or they refuse it with one line.
 
     python scripts/fuzz.py all --count 2000 --keep findings
 
 Readers: image, label, xml, checkpoint. The files are made here, from small valid ones of every format that the readers
-know, and damaged by a seeded generator: the same --seed makes the same files. They are read in a second process, which
-is started again after a crash. A finding is another exception than InputError, a message of several lines, a wrong
-result, the end of the process, more than 5 s of processor time, or more than 1 GB of memory. Exit code 1 if there are
-findings.
+know, and damaged by a seeded generator: the same --seed makes the same files, but for checkpoints: PyTorch's older
+format orders tensors by where they lie in memory. They are read in a second process, which is started again after a
+crash. A finding is another exception than InputError, a message of several lines, a wrong result, the end of the
+process, more than 5 s of processor time, or more than 1 GB of memory. Exit code 1 if there are findings.
 """
 import argparse
 import faulthandler
@@ -176,9 +176,19 @@ def label_seeds(folder):
         tifffile.imwrite(folder / name, label.astype(dtype), photometric='minisblack', **options)
     np.save(folder / 'int32.npy', label.astype(np.int32))
     np.save(folder / 'float64.npy', np.asfortranarray(label.astype(np.float64)))
-    savemat(folder / 'plain.mat', {'inst_map': label.astype(np.int32)})
-    savemat(folder / 'compressed.mat', {'inst_map': label.astype(float), 'other': 'text'}, do_compression=True)
-    savemat(folder / 'version4.mat', {'inst_map': label.astype(float)}, format='4')
+    for name, contents, options in [('plain.mat', {'inst_map': label.astype(np.int32)}, {}),
+                                    ('compressed.mat', {'inst_map': label.astype(float), 'other': 'text'},
+                                     {'do_compression': True}),
+                                    ('version4.mat', {'inst_map': label.astype(float)}, {'format': '4'})]:
+        (folder / name).write_bytes(mat_file(contents, **options))
+
+
+def mat_file(contents, **options):
+    """The bytes of a MATLAB file. Version 5 begins with 116 bytes of text, in which SciPy writes the time of day."""
+    buffer = io.BytesIO()
+    savemat(buffer, contents, **options)
+    data = buffer.getvalue()
+    return data if options.get('format') == '4' else b'MATLAB 5.0 MAT-file'.ljust(116) + data[116:]
 
 
 def xml_seeds(folder):
@@ -363,7 +373,7 @@ def edit_array(data, other, rng):
         if isinstance(array, np.ndarray) and array.dtype.kind in 'MV':
             return damage(data, other, rng)            # savemat has no such types
         with np.errstate(all='ignore'):                # what float64 does not hold
-            savemat(buffer, {'inst_map': array}, do_compression=bool(rng.random() < 0.5))
+            buffer.write(mat_file({'inst_map': array}, do_compression=bool(rng.random() < 0.5)))
     return buffer.getvalue()
 
 
@@ -458,7 +468,9 @@ def edit_checkpoint(data, other, rng):
                                                     zipfile.ZIP_STORED) as archive:
         warnings.simplefilter('ignore')                # two entries of one name are what is wanted
         for name, body in entries:
-            archive.writestr(name, body)
+            entry = zipfile.ZipInfo(name)              # without the time of day
+            entry.compress_type = archive.compression
+            archive.writestr(entry, body)
     return buffer.getvalue()
 
 

@@ -5,6 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
 DATA_DIR=${DATA_DIR:-./data/MultiOrgan}
+case " $* " in *' --help '* | *' -h '*) exec python train.py --help ;; esac
 
 # the run folder is settled here, so that what is tested is what was trained
 set -- --dataset MultiOrgan --data-dir "$DATA_DIR" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"

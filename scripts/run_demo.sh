@@ -2,13 +2,13 @@
 # The whole method on a small built-in data set, from nothing but Python: set up .venv, make images, prepare, train a
 # reduced FullNet, test, test again without labels, compare with Otsu's threshold. About 8 minutes on 2 CPU cores.
 # `--short` runs the same commands on less data and for one epoch, to see that they work; its scores mean nothing.
-. "$(dirname "$0")/setup.sh"
 out=demo images='' epochs=20
 case "${1:-}" in
     '') ;;
     --short) out=demo/short images='--train 1 --val 1 --test 1 --size 256' epochs=1 ;;
     *) echo 'usage: sh scripts/run_demo.sh [--short]' >&2; exit 2 ;;
 esac
+. "$(dirname "$0")/setup.sh"
 run() { echo "\$ $*"; "$@"; }
 
 run python scripts/make_demo_data.py $out/raw $images

@@ -6,7 +6,7 @@ RESULTS: save_dir of test.py with probability maps of images at the network's sc
 Writes STUDY.txt and STUDY.json (by default RESULTS/{set}_post_processing). The first row is the published way: class 1
 where it is the most likely one, components under min_area removed, each dilated by radius. Then one change at a time,
 and what a greedy search over all of them finds; it chooses by the mean published AJI of the same images that it is
-reported on, so that its gain is an upper bound. Columns: published AJI, MoNuSeg's aji, pq, dice, means over images.
+reported on, so that its gain is optimistic. Columns: published AJI, MoNuSeg's aji, pq, dice, means over images.
 
 The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
 """

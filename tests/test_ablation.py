@@ -1,7 +1,10 @@
 """The ablation script on miniature data."""
 import json
 import shutil
+import signal
+import threading
 import time
+from pathlib import Path
 
 import ablation
 import pytest
@@ -34,6 +37,10 @@ def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
     runs = json.loads((tmp_path / 'out/ablation.json').read_text())
     assert [(run['arm'], run['seed'], run['epochs'], run['steps']) for run in runs] == [
         ('FCN_pooling', 3, 1, 2), ('FCN_pooling', 3, 2, 4), ('FullNet', 3, 1, 2)]
+    metrics = tmp_path / 'out' / ablation.Job('FullNet', 3, 1).folder / 'results/val_full_metrics.json'
+    mean = json.loads(metrics.read_text())['mean']
+    assert all(runs[-1][name] == mean[key] for name, key in [('AJI', 'published_AJI'), ('aji', 'aji'), ('pq', 'pq'),
+                                                             ('Dice', 'published_Dice'), ('F1', 'published_F1')])
     options = [json.loads((tmp_path / 'out' / ablation.Job(*[run[k] for k in ('arm', 'seed', 'epochs')]).folder
                            / 'run/train_options.json').read_text()) for run in runs]
     assert [o['model']['name'] for o in options] == [run['arm'] for run in runs]
@@ -66,8 +73,40 @@ def test_table_of_means_spreads_and_differences():
         'equal steps, AJI: FullNet + varCE minus FullNet: +0.1000 (by seed: +0.3000 -0.1000); the seeds disagree.  ',
         'equal steps, AJI: FullNet + varCE, no weight map minus FullNet + varCE: -0.1000 (by seed: -0.1000 -0.1000); '
         'all seeds agree.  ']
+    ties = {job: values | {'AJI': 0.5 if job.seed == 1 else values['AJI']} for job, values in scores.items()}
+    assert 'the seeds disagree' in ablation.report(ties, arms, seeds, epochs).splitlines()[14]
     assert lines[17] == ('equal minutes, AJI: FullNet minus FCN_pooling: +0.0000 (by seed: -0.1000 +0.1000); '
                          'the seeds disagree.  ')
+
+
+def test_the_arms_are_those_of_the_paper(data):
+    arms = {}
+    for arm, words in ablation.ARMS.items():
+        opt = Options(isTrain=True).parse([*ablation.RECIPE, *words])
+        arms[arm] = opt.model['name'], opt.train['alpha'], opt.train['use_weight_map']
+    assert arms == {'FCN_pooling': ('FCN_pooling', 0, True), 'FullNet': ('FullNet', 0, True),
+                    'FullNet + varCE': ('FullNet', 1, True), 'FullNet + varCE, no weight map': ('FullNet', 1, False)}
+
+
+@pytest.mark.skipif(not hasattr(signal, 'pthread_kill'), reason='sends itself a signal')
+def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, 'seconds_per_step', lambda *_: 1.0)
+    monkeypatch.setattr(ablation, 'ROOT', tmp_path)
+    (tmp_path / 'train.py').write_text('import os, signal, time\n'
+                                       'def stop(*_):\n    open("stopped", "w")\n    os._exit(143)\n'
+                                       'signal.signal(signal.SIGTERM, stop)\n'
+                                       'open("started", "w")\ntime.sleep(60)\n')
+    monkeypatch.chdir(tmp_path)
+    main_thread = threading.get_ident()
+
+    def interrupt():
+        while not Path('started').exists():
+            time.sleep(0.02)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '2', *TINY])
+    assert Path('stopped').exists() and len(list((tmp_path / 'out').glob('*/train.out'))) == 1
 
 
 def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):

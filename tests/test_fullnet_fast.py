@@ -2,6 +2,7 @@
 import copy
 import gc
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,29 @@ def test_dropout_mask_drops_the_right_share(drop_rate):
         # neighbours, which share a random number, are independent
         pairs = (mask.flatten()[:-1] & mask.flatten()[1:]).double().mean().item()
         assert pairs == pytest.approx(keep ** 2, abs=2e-3)
+
+
+def test_threads_are_put_back_where_two_contexts_overlap():
+    entered, left, counts = threading.Event(), threading.Event(), {}
+
+    def first():
+        with Workers() as workers:
+            counts['first, inside'] = torch.get_num_threads(), workers.threads
+            entered.set()
+            left.wait(10)                       # until the second one is in
+        counts['first'] = torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    with Workers() as workers:
+        counts['second, inside'] = torch.get_num_threads(), workers.threads
+        left.set()
+        thread.join()
+    counts['second'] = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert counts == {'first, inside': (1, 2), 'second, inside': (1, 2), 'first': 2, 'second': 2}
 
 
 def test_dropout_keeps_the_mean():

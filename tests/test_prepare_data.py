@@ -424,6 +424,8 @@ def test_raw_data_is_untouched_and_a_second_run_gives_the_same_bytes(fullnet_fil
     before = contents(fullnet_files)
     prepare_nuclei(fullnet_files, tmp_path / 'out')
     first = contents(tmp_path / 'out')
+    prepare_nuclei(fullnet_files, tmp_path / 'again')
+    assert contents(tmp_path / 'again') == first
     prepare_nuclei(fullnet_files, tmp_path / 'out')
     assert contents(tmp_path / 'out') == first
     assert contents(fullnet_files) == before
@@ -767,6 +769,25 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path):
 
 
 # --- MoNuSeg as distributed
+
+def test_the_published_split():
+    """Typed anew: a test image in train would go unnoticed."""
+    organs = {part: [name.split('_', 1) for name in names] for part, names in MULTI_ORGAN_SPLIT.items()}
+    patients = {part: [(organ[0], name.removeprefix('TCGA-').removesuffix('-01Z-00-DX1')) for organ, name in names]
+                for part, names in organs.items()}
+    assert patients == {
+        'train': [('B', 'A7-A13E'), ('B', 'A7-A13F'), ('B', 'AR-A1AK'), ('K', 'B0-5711'), ('K', 'HE-7128'),
+                  ('K', 'HE-7129'), ('L', '18-5592'), ('L', '38-6178'), ('L', '49-4488'), ('P', 'G9-6336'),
+                  ('P', 'G9-6348'), ('P', 'G9-6356')],
+        'val': [('B', 'AR-A1AS'), ('K', 'HE-7130'), ('L', '50-5931'), ('P', 'G9-6363')],
+        'test_same': [('B', 'E2-A1B5'), ('B', 'E2-A14V'), ('K', 'B0-5698'), ('K', 'B0-5710'), ('L', '21-5784'),
+                      ('L', '21-5786'), ('P', 'CH-5767'), ('P', 'G9-6362')],
+        'test_diff': [('B', 'DK-A2I6-01A-01-TS1'), ('B', 'G2-A2EK-01A-02-TSB'), ('C', 'AY-A8YK-01A-01-TS1'),
+                      ('C', 'NH-A8F7-01A-01-TS1'), ('S', 'KB-A93J-01A-01-TS1'), ('S', 'RD-A8N9-01A-01-TS1')]}
+    assert {organ for names in organs.values() for organ, _ in names} == {'Bladder', 'Breast', 'Colon', 'Kidney',
+                                                                          'Liver', 'Prostate', 'Stomach'}
+    assert len({name for names in MULTI_ORGAN_SPLIT.values() for name in names}) == 30
+
 
 ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'
 TRAIN, VAL, TEST_SAME = (MULTI_ORGAN_SPLIT[part][0] for part in ('train', 'val', 'test_same'))

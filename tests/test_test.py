@@ -54,6 +54,11 @@ def test_segmentations_and_scores_are_the_golden_ones(tmp_path, kind, dataset):
     for i in range(2):
         segmentation = tifffile.imread(tmp_path / 'out' / 'set_segmentation' / f'im{i}_seg.tiff')
         assert ((segmentation > 0) != (golden[f'{kind}/seg{i}'] > 0)).mean() <= 0.001
+        probabilities = pixels(tmp_path / 'out' / 'set_prob_maps' / f'im{i}_prob_inside.png')
+        if kind == 'gland':                                                   # at the scale that the network saw
+            assert min(probabilities.shape) == 208 != min(segmentation.shape)
+        else:
+            assert probabilities.shape == segmentation.shape
     ours = (tmp_path / 'out' / 'set_test_result.txt').read_text().splitlines()
     theirs = str(golden[f'{kind}/result_txt']).splitlines()
     assert len(ours) == len(theirs)
@@ -342,7 +347,28 @@ def test_options_that_change_the_results(images, words):
 
 def test_the_same_command_gives_the_same_files(images):
     before = everything(segment(images))
-    assert everything(segment(images)) == before
+    assert everything(segment(images, '--overwrite', 'True')) == before
+
+
+def test_tables_of_other_options_do_not_stay(images):
+    out = segment(images)
+    segment(images, '--radius', '0', labels=False)
+    assert not list(out.glob('set_metrics.*')) and not (out / 'set_test_result.txt').exists()
+
+
+def test_an_image_may_be_called_mean(images):
+    (Path('named') / 'set').mkdir(parents=True)
+    shutil.copytree(images / 'truth', 'named/truth')
+    np.save('named/mean_std.npy', np.load(images / 'mean_std.npy'))
+    for name, new in (('a', 'mean'), ('b.1', 'pooled')):
+        shutil.copy(images / f'set/{name}.png', f'named/set/{new}.png')
+        Path(f'named/truth/{name}_label.png').rename(f'named/truth/{new}_label.png')
+    before = json.loads((segment(images) / 'set_metrics.json').read_text())
+    shutil.rmtree('out')
+    metrics = json.loads((segment(Path('named')) / 'set_metrics.json').read_text())
+    assert metrics['images'] == {'mean': before['images']['a'], 'pooled': before['images']['b.1']}
+    assert metrics['mean'] == before['mean'] and metrics['pooled'] == before['pooled']
+    assert [row['image'] for row in csv.DictReader(open('out/set_metrics.csv'))] == ['mean', 'pooled'] * 2
 
 
 def test_defaults_find_the_newest_run_and_the_epoch(images, tmp_path):
@@ -533,7 +559,7 @@ def test_without_a_run_the_shipped_weights_are_taken(trained, monkeypatch, capsy
     test_script.main(words)
     assert 'taking the weights that come with the code' in capsys.readouterr().out
     assert len(list(Path('experiments/MultiOrgan/weights').rglob('*_seg.tiff'))) == 2
-    with pytest.raises(InputError, match='no checkpoint at .*/best.pth.tar|no checkpoint at'):
+    with pytest.raises(InputError, match='no checkpoint at .*/checkpoint_3.pth.tar'):
         test_script.main([*words, '--epoch', '3'])                     # asked for: not replaced by something else
     folder = Path('experiments/MultiOrgan/4/checkpoints')
     folder.mkdir(parents=True)

@@ -289,6 +289,8 @@ def test_num_epochs_may_grow_when_the_rate_is_constant(data, tmp_path):
     path = tmp_path / 'parts' / 'checkpoints' / 'checkpoint.pth.tar'
     train.main(['--checkpoint-path', str(path), '--epochs', '3'])
     assert same_weights(load_checkpoint(path), whole) and results(tmp_path / 'parts') == rows
+    told = (tmp_path / 'parts/train.log').read_text()
+    assert [told.count(f'\nepoch {k}  train: loss') for k in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_train_resume_test(data, tmp_path):
@@ -461,6 +463,23 @@ def test_images_of_different_sizes_need_a_crop(data, tmp_path):
         with pytest.raises(InputError, match=message):
             run(data, tmp_path / workers, '--transform.train.random_crop', 'none', '--workers', workers,
                 '--transform.train.random_resize', '1', '1.9', '--batch-size', '4')
+
+
+def test_the_best_checkpoint_has_a_strictly_higher_iou(data, tmp_path, monkeypatch):
+    ious = iter([0.2, 0.5, 0.5, 0.3])
+    monkeypatch.setattr(train, 'validate', lambda *_: ([0.0, 0.9, next(ious)], []))
+    run(data, tmp_path / 'run', '--epochs', '4')
+    best = load_checkpoint(tmp_path / 'run/checkpoints/checkpoint_best.pth.tar')
+    assert best['epoch'] == 2 and best['best_iou'] == 0.5
+
+
+def test_the_optimizer_and_the_weights_are_the_published_ones(base):
+    settings = base[0]['optimizer']['param_groups'][0]
+    assert settings['betas'] == (0.9, 0.99) and settings['weight_decay'] == 1e-4
+    assert not settings['amsgrad'] and not settings.get('decoupled_weight_decay')                     # not AdamW
+    stored = torch.tensor([[[[20, 220]]]], dtype=torch.uint8)
+    for use, expected in ((True, [[[1, 11]]]), (False, [[[1, 1]]])):
+        assert train.to_device(torch.zeros(1, 3, 1, 2), stored, stored, 'cpu', use)[1].tolist() == expected
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_images(data, tmp_path):

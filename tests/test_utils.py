@@ -352,6 +352,16 @@ def test_a_signal_stops_at_the_next_check_after_saving():
     assert stopped.value.code == 143 and saved == ['saved']
 
 
+def test_a_second_signal_stops_at_once():
+    with pytest.raises(SystemExit) as stopped, utils.StopRequest(utils.Processes([])):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
+    with pytest.raises(KeyboardInterrupt), utils.StopRequest(utils.Processes([])):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Large images in bands
 # ---------------------------------------------------------------------------------------------------
