@@ -488,7 +488,7 @@ class Options:
 def run_of(checkpoint):
     """The run folder of a checkpoint, '' if it does not lie in the folder `checkpoints` of one."""
     path = Path(checkpoint)
-    if path.resolve().parent.name != 'checkpoints':
+    if not checkpoint or path.resolve().parent.name != 'checkpoints':
         return ''
     return str(path.parent.parent if path.parent.name == 'checkpoints' else path.resolve().parents[1])
 

@@ -81,14 +81,11 @@ def main(argv=None):
     if test['label_dir']:
         labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
     set_name = (images[0] if single else Path(test['img_dir']) / 'x').resolve().parent.name
-    def go_on():
-        return 'start the same command again: finished images are kept'
-
     out = Results(Path(test['save_dir']), set_name, opt, mean_std, processes.rank)
     if processes.rank == 0:
         out.remove_tables()
         opt.save(out.folder)
-    with processes.watched(go_on):
+    with processes.watched(how_to_go_on):
         processes.wait()                                                 # until the first one has the set's lock
 
     # 3. every image: probabilities, instances, scores; each of torchrun's processes takes its share
@@ -103,13 +100,12 @@ def main(argv=None):
             label = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
         seen = image if normalizer is None else normalizer.transform(image)
         bands = probability_bands(model, opt, mean_std, device, seen)
-        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post,
-                                                      test['scale_factor'])
+        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post, test['scale_factor'])
         scores = score(segmentation, label, opt.dataset) if label is not None else None
         if test['save_flag']:
             out.save_images(path.stem, image, segmentation, inside, contour, label)
         out.finish(path.stem, scores)
-    with processes.watched(go_on):
+    with processes.watched(how_to_go_on):
         kept = round(processes.sums([kept])[0])
     processes.end()
     if kept:
@@ -125,6 +121,10 @@ def main(argv=None):
         print(out.save_tables([path.stem for path in images]), end='')
     out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
+
+
+def how_to_go_on():
+    return 'start the same command again: finished images are kept'
 
 
 def segment(image, checkpoint, *words):
