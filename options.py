@@ -372,19 +372,11 @@ class Options:
                 crop['random_crop'] = self.train['input_size']
         if self.script == 'test' and ('test', 'img_dir') in self.given and ('test', 'label_dir') not in self.given:
             self.test['label_dir'] = ''
-        if self.script in ('train', 'test'):
-            self._stay_with_the_checkpoint()
-
-    def _stay_with_the_checkpoint(self):
-        """What a checkpoint that was given is trained or tested to lands in its own run folder, without --save-dir."""
-        values, name = (self.train, 'checkpoint') if self.script == 'train' else (self.test, 'model_path')
-        if (self.script, name) not in self.given or (self.script, 'save_dir') in self.given:
-            return
-        run = run_of(values[name])
-        if self.script == 'test':
-            values['save_dir'] = results_folder(values[name], self.dataset)
-        elif run:
-            values['save_dir'] = run
+        # without --save-dir, a run that is resumed and the results of a checkpoint stay in its run folder
+        if self.script == 'train' and ('train', 'save_dir') not in self.given:
+            self.train['save_dir'] = run_of(self.train['checkpoint']) or self.train['save_dir']
+        if self.script == 'test' and ('test', 'model_path') in self.given and ('test', 'save_dir') not in self.given:
+            self.test['save_dir'] = results_folder(self.test['model_path'], self.dataset)
 
     def _run_number(self):
         """Training takes the next free number in ./experiments/{dataset}, testing the newest (1 if there is none)."""

@@ -381,7 +381,9 @@ class TrainingState:
                              f'start a new run from its weights with --init-from') from error
         self.step = self.epoch * self.steps_per_epoch
         if 'step' not in checkpoint:                                   # published: its results are in a file only
-            self.history = read_results(Path(run_of(path), 'epoch_results.txt'), self.epoch) if run_of(path) else []
+            run = run_of(path)
+            if run:
+                self.history = read_results(Path(run, 'epoch_results.txt'), self.epoch)
             return
         self.batch, self.step, self.history = checkpoint['batch'], checkpoint['step'], checkpoint['history']
         self.steps_planned = checkpoint['steps_planned']

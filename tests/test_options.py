@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from options import DATASETS, SCRIPT_GROUPS, TRANSFORM, TRANSFORM_PARSERS, Options, set_transform
+from options import DATASETS, SCRIPT_GROUPS, TRAIN, TRANSFORM, TRANSFORM_PARSERS, Options, set_transform
 from utils import InputError
 
 
@@ -199,6 +199,9 @@ def test_results_go_to_the_run_of_the_checkpoint(tmp_path, monkeypatch):
     assert for_training(*resumed).train['save_dir'] == 'run'
     assert for_training(*resumed, '--save-dir', 'out').train['save_dir'] == 'out'
     assert for_training('--checkpoint-path', 'mine.pth.tar').train['save_dir'] == './experiments/MultiOrgan/1'
+    with monkeypatch.context() as edited:                        # in options.py instead of on the command line
+        edited.setitem(TRAIN, 'checkpoint', TRAIN['checkpoint']._replace(default=resumed[1]))
+        assert for_training().train['save_dir'] == 'run'
     monkeypatch.chdir('run/checkpoints')
     assert for_training('--checkpoint-path', 'checkpoint.pth.tar').train['save_dir'] == str(tmp_path / 'run')
 
