@@ -68,15 +68,19 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
 def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
     """The instance label of each image: `{name}`, `{name}_label` or `{name}_anno` in label_dir.
 
-    Raises InputError, which ends with `hint`, if some are missing.
+    Raises InputError if some are missing, which ends with `hint`, or if an image has two.
     """
     files = {p.stem: p for p in list_images(label_dir, extensions)}
-    names = [[path.stem + ending for ending in ('', '_label', '_anno') if path.stem + ending in files]
-             for path in images]
-    missing = [path.name for path, found in zip(images, names) if not found]
+    labels = [[files[path.stem + ending] for ending in ('', '_label', '_anno') if path.stem + ending in files]
+              for path in images]
+    missing = [path.name for path, found in zip(images, labels) if not found]
     if missing:
         raise InputError(missing_files_message('instance labels of images', missing, label_dir) + hint)
-    return [files[found[0]] for found in names]
+    for path, found in zip(images, labels):
+        if len(found) > 1:
+            names = ' and '.join(label.name for label in found)
+            raise InputError(f'{names} in {label_dir} are both named as labels of {path.name}; keep one of them there')
+    return [found[0] for found in labels]
 
 
 def refuse_same_folder(data_dir, save_dir):
@@ -173,7 +177,7 @@ def decode(image, path):
 
 
 def bits_per_channel(image):
-    """Bits per channel in the file. Pillow opens a 16-bit RGB PNG or TIFF as if it had 8."""
+    """Bits per channel in the file. Pillow opens a 16-bit RGB PNG, TIFF or PPM as if it had 8."""
     if image.format == 'PNG' and image.tile:
         raw_mode = image.tile[0][3]
         raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
@@ -181,6 +185,9 @@ def bits_per_channel(image):
             return 16
     if image.format == 'TIFF':
         return max(image.tag_v2.get(258, (8 if image.mode != '1' else 1,)))
+    if image.format == 'PPM' and image.mode in ('I', 'RGB'):
+        layout = image.tile[0][3]                 # raw mode, or (raw mode, largest value)
+        return 16 if image.mode == 'I' or (isinstance(layout, tuple) and layout[1] > 255) else 8
     return {'1': 1, 'I': 32, 'F': 32}.get(image.mode, 16 if image.mode.startswith('I;16') else 8)
 
 
@@ -204,13 +211,15 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     if image.mode == 'F':
         raise InputError(f'{path} is a floating-point image; expected 8-bit RGB')
     if bits == 16:
+        if image.format not in ('PNG', 'TIFF'):
+            raise InputError(f'{path} has 16 bits per channel, which are read from PNG and TIFF only; convert it')
         if scale_16bit is None:
             raise InputError(f'{path} has 16 bits per channel, expected 8; give --scale-16bit LO HI to map '
                              f'LO..HI to 0..255')
         if orientation_of(image, path) != 1:
             raise InputError(f'{path} has 16 bits per channel and an EXIF orientation; turn its pixels, or convert it '
                              f'to 8 bits')
-        return _read_16bit(path, scale_16bit)
+        return _read_16bit(image, path, scale_16bit)
     if image.mode not in ('RGB', 'RGBA', 'LA', 'L', 'P', 'PA', 'RGBX'):
         raise InputError(f'{path} has colour mode {image.mode}; expected 8-bit RGB')
     if image.mode in ('L', 'P', 'PA', 'LA'):
@@ -252,18 +261,45 @@ def _check_frames(image, path):
         raise damaged(path, error) from error
 
 
-def _read_16bit(path, scale):
-    import SimpleITK as sitk
+OTHER_16BIT = 'has 16 bits per channel, and other channels than grey, RGB or RGBA; convert it to RGB'
+
+
+def _read_16bit(image, path, scale):
     lo, hi = scale
-    try:
-        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    except RuntimeError as error:    # of several lines, about SimpleITK's source files
-        if 'PixelType' in str(error):
-            raise InputError(f'{path} has 16 bits per channel, and other channels than grey, RGB or RGBA; convert it '
-                             f'to RGB') from error
-        raise InputError(f'{path} is damaged or truncated; copy it again') from error
+    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    in_strips = 322 not in tags and tags.get(284, 1) == 1        # neither tiles nor planes, which SimpleITK misreads
+    pixels = _read_with_simpleitk(path) if in_strips else _read_with_tifffile(path)
+    if pixels.dtype.itemsize != 2 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise InputError(f'{path} {OTHER_16BIT}')
     pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
+
+
+def _read_with_simpleitk(path):
+    import SimpleITK as sitk
+    try:
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except RuntimeError as error:    # of several lines, about SimpleITK's source files
+        if 'PixelType' in str(error):
+            raise InputError(f'{path} {OTHER_16BIT}') from error
+        raise InputError(f'{path} is damaged or truncated; copy it again') from error
+
+
+def _read_with_tifffile(path):
+    import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]               # not all of them: a damaged chain has no end
+            if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
+                raise ValueError('a strip is longer than the file')
+            pixels = page.asarray()
+            return np.moveaxis(pixels, 0, -1) if page.axes[0] == 'S' else pixels
+    except Exception as error:
+        if 'imagecodecs' in str(error):
+            raise InputError(f'{path} has 16 bits per channel in tiles or planes, compressed in a way that is not '
+                             f'read there; save it in strips, uncompressed or with deflate') from error
+        raise damaged(path, error) from error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -377,22 +413,19 @@ def _decode_label(path, max_megapixels):
         raise InputError(f'{path} has colour mode {image.mode}; expected one integer id per pixel (0 = background)')
     if image.mode == 'RGB' and bits_per_channel(image) != 8:
         raise InputError(f'{path} is a colour image of 16 bits; expected one integer id per pixel (0 = background)')
-    if image.format == 'TIFF' and image.tag_v2.get(258) == (32,):
-        return _read_tiff_32bit(path)          # Pillow reads unsigned 32-bit as signed
-    return decode(image, path)
+    pixels = decode(image, path)
+    return _as_stored(pixels, image.tag_v2) if image.format == 'TIFF' else pixels
 
 
-def _read_tiff_32bit(path):
-    import tifffile
-    logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
-    try:
-        with tifffile.TiffFile(path) as file:
-            page = file.pages[0]               # not all of them: a damaged chain has no end
-            if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
-                raise ValueError('a strip is longer than the file')
-            return page.asarray()
-    except Exception as error:
-        raise damaged(path, error) from error
+def _as_stored(pixels, tags):
+    """Ids of a TIFF from what Pillow makes of it: it inverts 8-bit ones for which 0 is white, takes 8 bits for unsigned
+    and 32 bits for signed."""
+    if tags.get(262) == 0 and pixels.dtype == np.uint8:
+        pixels = 255 - pixels
+    kind = {(1,): 'u', (2,): 'i'}.get(tags.get(339, (1,)))
+    if kind and pixels.dtype.kind in 'iu':
+        pixels = pixels.view(pixels.dtype.str[0] + kind + pixels.dtype.str[2:])          # the same bits
+    return pixels
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -466,7 +499,10 @@ def load_mean_std(path):
 
 def check_mean_std(array, path):
     """`array` as float64 (2, 3) if it is a mean and standard deviation; raises InputError naming `path` if not."""
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError:                                     # rows of different lengths
+        array = np.array(None)
     if array.shape != (2, 3) or array.dtype.kind != 'f' or not np.isfinite(array).all():
         raise InputError(f'{path} holds {array.dtype} of shape {array.shape}; expected finite floats of shape (2, 3), '
                          f'mean and standard deviation per channel; prepare_data.py writes it')

@@ -36,7 +36,7 @@ from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ig
                      missing_files_message, note, open_image, read_image, read_instance_label, refuse_same_folder)
 from options import Options
 from utils import FolderLock, InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
-from weight_map import encode_weight_map, label_name, weight_map
+from weight_map import encode_weight_map, labels_by_name, weight_map
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
 MULTI_ORGAN_SPLIT = {
@@ -185,8 +185,8 @@ def create_ternary_labels(data_dir, save_dir, binary_labels=False):
     GlaS labels keep their name: `train_8_anno.bmp` gives `train_8_anno.bmp`.
     """
     refuse_same_folder(data_dir, save_dir)
-    for path in tqdm(list_images(data_dir, LABEL_EXTENSIONS), desc='ternary labels', disable=None):
-        file_name = f'{path.stem}.bmp' if path.stem.endswith('_anno') else f'{label_name(path)}_label.png'
+    for name, path in tqdm(labels_by_name(data_dir).items(), desc='ternary labels', disable=None):
+        file_name = f'{name}.bmp' if name.endswith('_anno') else f'{name}_label.png'
         save_image(Path(save_dir) / file_name, ternary_label(read_instance_label(path, binary_labels=binary_labels)))
 
 
@@ -256,6 +256,8 @@ def split_patches(data_dir, save_dir, postfix=None):
     ending = '' if postfix is None else f'_{postfix}'
     for path in tqdm(paths, desc='patches', disable=None):
         pixels = read_image(path) if postfix is None else decode(open_image(path), path)
+        if pixels.dtype.itemsize > 2:
+            raise InputError(f'{path} has {pixels.dtype.itemsize * 8} bits per pixel; patches are PNG, of 8 or 16')
         for k, (y, x) in enumerate(_positions_in_file(path, *pixels.shape[:2], PATCH_SIZE)):
             patch_name = f'{path.stem.removesuffix(ending)}_{k}{ending}.png'
             save_image(Path(save_dir) / patch_name, pixels[y:y + PATCH_SIZE, x:x + PATCH_SIZE])
@@ -347,7 +349,7 @@ def find_fullnet_files(raw_dir):
     """The FullNet authors' own files: normalized/X.png, labels_instance/X_label.png, split.json (split -> names)."""
     raw_dir = Path(raw_dir)
     images = {path.stem: path for path in list_images(raw_dir / 'normalized')}
-    labels = {label_name(path): path for path in list_images(raw_dir / 'labels_instance', LABEL_EXTENSIONS)}
+    labels = labels_by_name(raw_dir / 'labels_instance')
     split = _read_split(raw_dir / 'split.json', tuple(MULTI_ORGAN_SPLIT))
     names = [name for group in split.values() for name in group]
     for kind, files, folder in (('images', images, 'normalized'), ('instance labels', labels, 'labels_instance')):

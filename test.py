@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -80,7 +81,7 @@ def main(argv=None):
     labels = [None] * len(images)
     if test['label_dir']:
         labels = find_labels(images, test['label_dir'], hint="; for images without labels give --label-dir ''")
-    set_name = (images[0] if single else Path(test['img_dir']) / 'x').resolve().parent.name
+    set_name = Path(os.path.abspath(images[0].parent)).name
     out = Results(Path(test['save_dir']), set_name, opt, mean_std, processes.rank)
     if processes.rank == 0:
         out.remove_tables()
@@ -195,7 +196,7 @@ def take_model_of_checkpoint(opt, checkpoint):
 def find_mean_std(opt, checkpoint):
     """mean_std, float64 (2, 3): the checkpoint's; a published one has none, so data_dir's file or published values."""
     if 'mean_std' in checkpoint:
-        return check_mean_std(np.array(checkpoint['mean_std']), opt.test['model_path'])
+        return check_mean_std(checkpoint['mean_std'], opt.test['model_path'])
     path = Path(opt.test['data_dir']) / 'mean_std.npy'
     if path.exists():
         return load_mean_std(path)

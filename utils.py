@@ -430,9 +430,9 @@ class MixedPrecision:
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------
 
-# What a published checkpoint holds besides tensors: `best_iou`, a NumPy float64 scalar, under NumPy's old or new names.
+# What a published checkpoint holds besides tensors: `best_iou`, a NumPy scalar, under NumPy's old or new names.
 _NUMPY_SCALARS = [
-    np.dtype, type(np.dtype(np.float64)),
+    np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)),
     (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
     (np._core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
 ]
@@ -472,6 +472,10 @@ def load_checkpoint(path):
                                                 for k, v in weights.items()):
         raise InputError(f'{path} is not a checkpoint: expected a dict with a state_dict of tensors')
     checkpoint['state_dict'] = {key.removeprefix('module.'): value for key, value in weights.items()}
+    options = checkpoint.get('options')
+    if not isinstance(options, dict) or not isinstance(options.get('dataset'), str) or \
+            not all(isinstance(options.get(group), dict) for group in ('model', 'train', 'transform')):
+        checkpoint.pop('options', None)                # another program's: as with a published one, ours decide
     return checkpoint
 
 

@@ -134,6 +134,16 @@ def label_name(path):
     return Path(path).stem.removesuffix('_label')
 
 
+def labels_by_name(folder):
+    """{name: path} of the instance labels in a folder. Raises InputError if two are of one name, or there is none."""
+    labels = {}
+    for path in list_images(folder, LABEL_EXTENSIONS):
+        other = labels.setdefault(label_name(path), path)
+        if other != path:
+            raise InputError(f'{other.name} and {path.name} in {folder} are labels of one image; keep one of them')
+    return labels
+
+
 def create_weight_maps(label_dir, save_dir, sigma=5.0, w0=W0, binary_labels=False):
     """Write `{save_dir}/{name}_weight.png` (8-bit grey, `encode_weight_map`) for every instance label in a folder.
 
@@ -142,14 +152,9 @@ def create_weight_maps(label_dir, save_dir, sigma=5.0, w0=W0, binary_labels=Fals
     Raises InputError for a missing or empty folder and for what is not an instance label.
     """
     refuse_same_folder(label_dir, save_dir)
-    paths, names = list_images(label_dir, LABEL_EXTENSIONS), {}
-    for path in paths:
-        other = names.setdefault(label_name(path), path)
-        if other != path:
-            raise InputError(f'{other.name} and {path.name} in {label_dir} are labels of one image; keep one of them')
-    for path in tqdm(paths, desc='weight maps', disable=None):
+    for name, path in tqdm(labels_by_name(label_dir).items(), desc='weight maps', disable=None):
         w = weight_map(read_instance_label(path, binary_labels=binary_labels), w0, sigma)
-        save_image(Path(save_dir) / f'{label_name(path)}_weight.png', encode_weight_map(w))
+        save_image(Path(save_dir) / f'{name}_weight.png', encode_weight_map(w))
 
 
 def main(argv=None):

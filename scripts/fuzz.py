@@ -219,7 +219,8 @@ def checkpoint_seeds(folder):
     published = {'epoch': 3, 'state_dict': {f'module.{key}': value for key, value in weights.items()},
                  'best_iou': np.float64(0.5), 'optimizer': optimizer.state_dict()}
     save_checkpoint(folder / 'ours.pth', {'epoch': 1, 'state_dict': weights, 'best_iou': 0.5,
-                                          'options': {'model': json.dumps(MODEL)}})
+                                          'options': {'dataset': 'MultiOrgan', 'model': MODEL, 'train': {},
+                                                      'transform': {}}})
     half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     torch.save({'state_dict': half}, folder / 'half.pth')
     torch.save(published, folder / 'published.pth.tar')

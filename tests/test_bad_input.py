@@ -527,6 +527,8 @@ def copy(name, other):
     ('test', copy('labels/x.png', 'labels/x.bmp'), ['x.bmp and x.png', 'keep one']),
     ('weight_map', copy('labels/x.png', 'labels/x.bmp'), ['x.bmp and x.png', 'keep one']),
     ('weight_map', copy('labels/x.png', 'labels/x_label.png'), ['x.png and x_label.png']),
+    ('prepare', copy('labels/x.png', 'labels/x_anno.png'), ['x.png and x_anno.png', 'labels of x.png', 'keep one']),
+    ('test', copy('labels/x.png', 'labels/x_label.png'), ['x.png and x_label.png', 'labels of x.png', 'keep one']),
 ])
 def test_pairs(here, script, spoil, words):
     pair(here)
@@ -900,7 +902,11 @@ def on_cuda(path):
     (lambda path: torch.save({'state_dict': network().state_dict()}, path), ''),                  # no module. prefix
     (published, ''),
     (on_cuda, ''),
-], ids=['float16', 'float64', 'bfloat16', 'without module.', 'published', 'saved on CUDA'])
+    (lambda path: published(path, best_iou=np.float32(0.5), epoch=np.int64(3)), ''),
+    (lambda path: published(path, options={'lr': 0.1}), ''),
+    (lambda path: published(path, options='none'), ''),
+], ids=['float16', 'float64', 'bfloat16', 'without module.', 'published', 'saved on CUDA', 'other NumPy scalars',
+        'options of another program', 'options are a text'])
 def test_accepted_checkpoints(here, prepared, content, note):
     pair(here)
     run_test(here)
@@ -918,6 +924,12 @@ def test_a_published_checkpoint_without_mean_std(here):
     assert 'net.pth.tar carries no mean_std' in notes(lambda: run_test(here))
 
 
+def test_a_mean_std_of_rows_of_different_lengths(here):
+    pair(here)
+    published(here / 'net.pth.tar', mean_std=[[0.7, 0.5, 0.6], [0.2, 0.2]])
+    refused(lambda: run_test(here), 'net.pth.tar holds', '(2, 3)')
+
+
 def with_optimizer(path, **more):
     optimizer = torch.optim.Adam(network().parameters())
     published(path, **{'optimizer': optimizer.state_dict(), **more})
@@ -931,8 +943,9 @@ def with_optimizer(path, **more):
     (lambda path: with_optimizer(path, optimizer=torch.optim.Adam([torch.zeros(1)]).state_dict()), [], ['net.pth.tar']),
     (lambda path: with_optimizer(path, optimizer='adam'), [], ['net.pth.tar']),
     (lambda path: with_optimizer(path, epoch='last'), [], ['net.pth.tar']),
+    (lambda path: with_optimizer(path, epoch='last', options={'lr': 0.1}), [], ['net.pth.tar']),
 ], ids=['no optimizer', 'no averaged weights', 'no epoch', 'optimizer of another network', 'optimizer is a text',
-        'epoch is a text'])
+        'epoch is a text', 'options of another program'])
 def test_checkpoints_that_cannot_be_resumed(here, prepared, content, options, words):
     content(here / 'net.pth.tar')
     refused(lambda: run_train(here, '--checkpoint-path', str(here / 'net.pth.tar'), '--data-dir', str(prepared),

@@ -1,4 +1,5 @@
 """What is read and what is refused; the training set."""
+import itertools
 import struct
 import zlib
 
@@ -105,6 +106,35 @@ def test_16_bit_images_are_refused_unless_scaled(tmp_path):
         read_image(tmp_path / 'turned.png', scale_16bit=(0, 1000))
 
 
+@pytest.mark.parametrize('options', [
+    dict(tile=(16, 16)), dict(tile=(16, 16), compression='zlib', predictor=True), dict(planarconfig='separate'),
+    dict(planarconfig='separate', tile=(16, 16), bigtiff=True), dict(byteorder='>'), dict(compression='zlib'),
+])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_16_bit_tiffs_of_every_layout(tmp_path, channels, options):
+    pixels = np.random.default_rng(0).integers(0, 65536, (40, 33, channels)).astype(np.uint16)
+    if options.get('planarconfig') and channels == 1:
+        options = {name: value for name, value in options.items() if name != 'planarconfig'}
+    stored = pixels[..., 0] if channels == 1 else np.moveaxis(pixels, 2, 0) if 'planarconfig' in options else pixels
+    tifffile.imwrite(tmp_path / 'a.tif', stored, photometric='minisblack' if channels == 1 else 'rgb', **options)
+    expected = np.broadcast_to(pixels[..., :3] / 257, (40, 33, 3))
+    found = read_image(tmp_path / 'a.tif', scale_16bit=(0, 65535))
+    assert found.dtype == np.uint8 and np.abs(found - expected).max() <= 1
+
+
+def test_16_bit_images_that_are_not_read(tmp_path):
+    (tmp_path / 'rgb.ppm').write_bytes(b'P6 2 1 4095\n' + bytes(12))
+    (tmp_path / 'grey.ppm').write_bytes(b'P5 2 1 65535\n' + bytes(4))
+    for name, scale in itertools.product(('rgb.ppm', 'grey.ppm'), (None, (0, 4095))):
+        with pytest.raises(InputError, match=f'{name} has 16 bits per channel, which are read from PNG and TIFF only'):
+            read_image(tmp_path / name, scale_16bit=scale)
+    (tmp_path / 'rgb.ppm').write_bytes(b'P6 2 1 100\n' + bytes([0, 50, 100] * 2))
+    assert read_image(tmp_path / 'rgb.ppm').tolist() == [[[0, 128, 255]] * 2]
+    tifffile.imwrite(tmp_path / 'five.tif', np.zeros((16, 16, 5), np.uint16), photometric='rgb', tile=(16, 16))
+    with pytest.raises(InputError, match='five.tif'):
+        read_image(tmp_path / 'five.tif', scale_16bit=(0, 9))
+
+
 @pytest.mark.parametrize('name, make, message', [
     ('a.png', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
     ('a.tif', lambda p: tifffile.imwrite(p, PIXELS[..., 0] / 255), 'is a floating-point image|not an image'),
@@ -162,6 +192,13 @@ IDS = np.array([[0, 1, 1], [7, 0, 200]])
     ('a.png', lambda p: Image.fromarray(IDS.astype(np.uint16)).save(p)),
     ('a.tif', lambda p: Image.fromarray(IDS.astype(np.uint16)).save(p)),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32))),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int16))),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint8), photometric='miniswhite')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint8), photometric='miniswhite', compression='zlib')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), photometric='miniswhite')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), byteorder='>')),
+    ('a.tif', lambda p: Image.fromarray(IDS.astype(np.int32)).save(p, compression='tiff_lzw')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32), compression='zlib', predictor=True)),
     ('a.npy', lambda p: np.save(p, IDS)),
     ('a.npy', lambda p: np.save(p, IDS.astype(float))),
 ])
@@ -207,6 +244,8 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
     ('a.npy', lambda p: np.save(p, IDS + 0.5), 'fractional or non-finite'),
     ('a.npy', lambda p: np.save(p, np.full((2, 2), np.nan)), 'fractional or non-finite'),
     ('a.npy', lambda p: np.save(p, -IDS), 'holds negative ids'),
+    ('a.tif', lambda p: tifffile.imwrite(p, np.array([[-3, 0, 4]], np.int8)), 'holds negative ids'),
+    ('a.tif', lambda p: tifffile.imwrite(p, -IDS.astype(np.int16)), 'holds negative ids'),
     ('a.npy', lambda p: np.save(p, IDS * 10 ** 9), 'holds ids above 2147483647'),
     ('a.npy', lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), 'is not a plain NumPy array'),
     ('a.npy', lambda p: np.save(p, np.zeros((2, 2, 2, 2), int)), r'has shape \(2, 2, 2, 2\)'),

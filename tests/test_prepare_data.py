@@ -107,6 +107,10 @@ def test_create_ternary_labels_names(tmp_path):
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['Liver_1_label.png', 'train_8_anno.bmp']
     assert np.array_equal(pixels(tmp_path / 'out/Liver_1_label.png'), ternary_label(nuclei))
     assert np.array_equal(pixels(tmp_path / 'out/train_8_anno.bmp'), ternary_label(glands))
+    save_image(tmp_path / 'in' / 'Liver_1.png', glands.astype(np.uint8))
+    with pytest.raises(InputError, match='Liver_1.png and Liver_1_label.png in .* are labels of one image; keep one'):
+        create_ternary_labels(tmp_path / 'in', tmp_path / 'again')
+    assert not (tmp_path / 'again').exists()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -306,6 +310,9 @@ def test_split_patches_refuses_what_does_not_fit(tmp_path):
         split_patches(tmp_path / 'in', tmp_path / 'out')
     with pytest.raises(InputError, match=r'no images named \{name\}_label in .*, saw small.png'):
         split_patches(tmp_path / 'in', tmp_path / 'out', 'label')
+    save_instances(tmp_path / 'in' / 'many_label.tif', np.full((250, 250), 70_000))
+    with pytest.raises(InputError, match='many_label.tif has 32 bits per pixel; patches are PNG, of 8 or 16'):
+        split_patches(tmp_path / 'in', tmp_path / 'out', 'label')
 
 
 @pytest.mark.parametrize('step', [split_patches, create_ternary_labels, lambda a, b: color_norm(a / 'a.png', a, b)])
@@ -493,6 +500,13 @@ def test_images_outside_the_split_are_named(fullnet_files, tmp_path):
 def test_split_json_is_checked(fullnet_files, tmp_path, split, message):
     (fullnet_files / 'split.json').write_text(split)
     with pytest.raises(InputError, match=message):
+        prepare_nuclei(fullnet_files, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_two_labels_of_one_image(fullnet_files, tmp_path):
+    save_image(fullnet_files / 'labels_instance' / 'Liver_B.png', nuclei_label(2).astype(np.uint16))
+    with pytest.raises(InputError, match='Liver_B.png and Liver_B_label.png in .*labels_instance are labels of one im'):
         prepare_nuclei(fullnet_files, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 

@@ -79,7 +79,8 @@ def test_raw_images_are_scored_without_and_with_color_norm(tmp_path):
     model = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=8, drop_rate=0.1, compress_ratio=0.5,
                  dilations=(1, 2, 4, 8, 16, 4, 1), is_hybrid=True, layer_type='basic')
     save_checkpoint(tmp_path / 'w.pth.tar', {
-        'epoch': 1, 'state_dict': weights['state_dict'], 'best_iou': 0.5, 'options': {'model': model},
+        'epoch': 1, 'state_dict': weights['state_dict'], 'best_iou': 0.5,
+        'options': {'dataset': 'MultiOrgan', 'model': model, 'train': {}, 'transform': {}},
         'mean_std': [[0.74, 0.54, 0.66], [0.16, 0.2, 0.15]], 'lab': [[63, 25, -9], [17, 9, 6]]})
     (tmp_path / 'tiffs').mkdir()
     names = ('Breast_TCGA-AR-A1AS-01Z-00-DX1', 'Liver_TCGA-50-5931-01Z-00-DX1')

@@ -345,6 +345,12 @@ def test_options_that_change_the_results(images, words):
     assert everything(segment(images, *words.split())) != before
 
 
+def test_results_have_the_name_of_the_folder_as_given(images, tmp_path):
+    (tmp_path / 'link').symlink_to(images / 'set')
+    segment(images, '--img-dir', str(tmp_path / 'link'), '--save-dir', str(tmp_path / 'out'))
+    assert (tmp_path / 'out/link_test_result.txt').is_file()
+
+
 def test_the_same_command_gives_the_same_files(images):
     before = everything(segment(images))
     assert everything(segment(images, '--overwrite', 'True')) == before
@@ -461,7 +467,8 @@ def own_checkpoint(tmp_path):
     published = load_checkpoint(GOLDEN / 'tiny_checkpoint.pth.tar')
     model = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=8, drop_rate=0.1, compress_ratio=0.5,
                  dilations=(1, 2, 4, 8, 16, 4, 1), is_hybrid=True, layer_type='basic')
-    checkpoint = {'epoch': 3, 'state_dict': published['state_dict'], 'best_iou': 0.5, 'options': {'model': model},
+    checkpoint = {'epoch': 3, 'state_dict': published['state_dict'], 'best_iou': 0.5,
+                  'options': {'dataset': 'MultiOrgan', 'model': model, 'train': {}, 'transform': {}},
                   'mean_std': [[0.74, 0.54, 0.66], [0.16, 0.2, 0.15]]}
     torch.save(checkpoint, tmp_path / 'own.pth.tar')
     return checkpoint
