@@ -141,6 +141,7 @@ def image_seeds(folder):
     tifffile.imwrite(folder / 'grey16.tif', deep)
     tifffile.imwrite(folder / 'rgb16.tif', np.dstack([deep] * 3), photometric='rgb')
     (folder / 'rgb16.png').write_bytes(png_of_16_bits(np.dstack([deep] * 3)))
+    tifffile.imwrite(folder / 'tiled16.tif', np.dstack([deep] * 3), photometric='rgb', tile=(16, 16))
     tifffile.imwrite(folder / 'tiled.tif', rgb, photometric='rgb', tile=(16, 16))
     tifffile.imwrite(folder / 'big.tif', rgb, photometric='rgb', bigtiff=True)
     with tifffile.TiffWriter(folder / 'pyramid.tif') as writer:
