@@ -98,7 +98,8 @@ def float_pair(words):
 # The options
 # ---------------------------------------------------------------------------------------------------
 
-DATASET = Option('MultiOrgan', str, 'data set; chooses the defaults below', choices=DATASETS)
+DATASET = Option('MultiOrgan', str, 'data set: layout, metrics and the defaults below (--dataset GlaS --help shows its)',
+                 choices=DATASETS)
 
 MODEL = dict(
     name=Option('FullNet', str, 'network; FCN_pooling is the ablation of the paper', choices=tuple(NETWORKS)),
@@ -212,7 +213,7 @@ PREPARE = dict(
     img_dir=Option('', str, "one's own images, instead of raw_dir"),
     label_dir=Option('', str, 'their instance labels'),
     split=Option('', str, "JSON file {split: [names]} for one's own images"),
-    fractions=Option((0.7, 0.15, 0.15), _numbers(3), "without it, their shares of train, val and test", many=True),
+    fractions=Option((0.7, 0.15, 0.15), _numbers(3), 'without --split: shares of train, val and test', many=True),
     others=Option('', str, "split of MoNuSeg images outside the published one; '' = not used",
                   choices=('', 'train', 'val', 'test_same', 'test_diff')),
     anchor=Option('auto', str, 'image whose colours the others get: a name in raw_dir or img_dir, or a file; auto = '
@@ -222,7 +223,7 @@ PREPARE = dict(
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),
-    seed=Option(2019, int, 'seed of that split', at_least=0, below=2 ** 63),
+    seed=Option(2019, int, 'seed of a split that is drawn', at_least=0, below=2 ** 63),
     binary_labels=Option(False, boolean, '0/255 masks as labels: their 8-connected components are the objects'),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
@@ -339,7 +340,7 @@ class Options:
                 section.add_argument('--' + name.replace('_', '-'), *option.flags, dest=f'{group}.{name}',
                                      metavar=name.upper(), help=text, **words)
         for split in SCRIPT_TRANSFORMS[self.script]:
-            section = parser.add_argument_group(f'transform.{split}', '`none` removes a transform')
+            section = parser.add_argument_group(f'transform.{split}', 'values: as in TRANSFORM of options.py; `none` removes one')
             now = getattr(TRANSFORM, self.dataset)[split]
             for name in TRANSFORM_PARSERS:
                 section.add_argument(f'--transform.{split}.{name}', nargs='+', metavar='VALUE',

@@ -236,7 +236,8 @@ def patch_positions(h, w, size=PATCH_SIZE):
     (the published grid fits 1000 x 1000 only). Raises InputError if the image is smaller than a patch.
     """
     if min(h, w) < size:
-        raise InputError(f'an image of {w} x {h} pixels is smaller than a patch of {size} x {size}')
+        raise InputError(f'an image of {w} x {h} pixels is smaller than a patch of {size} x {size}; give a '
+                         f'smaller --patch-size, or leave the image out')
     return list(itertools.product(*([min(k * size, side - size) for k in range(-(-side // size))] for side in (h, w))))
 
 

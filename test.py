@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from dataset import check_mean_std, find_labels, list_images, load_mean_std, read_image, read_instance_label
 from my_transforms import get_transforms
-from options import Options, results_folder
+from options import DATASETS, Options, results_folder
 from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
                    build_model, choose_device, find_edges, gland_scores_of, inside_mask, load_checkpoint, load_weights,
@@ -64,13 +65,10 @@ PUBLISHED_MEAN_STD = {
 
 def main(argv=None):
     # 1. options, network
-    opt = Options(isTrain=False).parse(argv)
+    opt, checkpoint = parse_options(argv)
     test = opt.test
     processes = Processes(test['gpu'])
     device = processes.device
-    take_pretrained_if_untrained(opt)
-    checkpoint = load_checkpoint(test['model_path'])
-    take_model_of_checkpoint(opt, checkpoint)
     normalizer = find_normalizer(opt, checkpoint)
     mean_std = find_mean_std(opt, checkpoint)
     model = load_model(opt, checkpoint, device)
@@ -138,10 +136,8 @@ def segment(image, checkpoint, *words):
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f'segment was given {image.dtype} of shape {image.shape}; expected uint8 (H, W, 3), RGB')
-    opt = Options(isTrain=False).parse(['--model-path', str(checkpoint), *words])
+    opt, loaded = parse_options(['--model-path', str(checkpoint), *words])
     device = choose_device(opt.test['gpu'])
-    loaded = load_checkpoint(checkpoint)
-    take_model_of_checkpoint(opt, loaded)
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
     seen = image if normalizer is None else normalizer.transform(image)
     bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
@@ -150,8 +146,23 @@ def segment(image, checkpoint, *words):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Network and its input
+# Options, network and its input
 # ---------------------------------------------------------------------------------------------------
+
+def parse_options(argv=None):
+    """The options, and the checkpoint that they name, which knows its data set and network if it is of ours."""
+    opt = Options(isTrain=False).parse(argv)
+    take_pretrained_if_untrained(opt)
+    checkpoint = load_checkpoint(opt.test['model_path'])
+    stored = checkpoint.get('options', {}).get('dataset')
+    if stored in DATASETS and stored != opt.dataset and ('', 'dataset') not in opt.given:
+        path = opt.test['model_path']
+        print(f'{path} was trained on {stored}: taking --dataset {stored}')
+        words = sys.argv[1:] if argv is None else argv
+        opt = Options(isTrain=False).parse([*words, '--dataset', stored, '--model-path', path])
+    take_model_of_checkpoint(opt, checkpoint)
+    return opt, checkpoint
+
 
 def take_pretrained_if_untrained(opt):
     """Without a run of the user's own, the default is the weights that come with the code."""

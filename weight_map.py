@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dataset import LABEL_EXTENSIONS, list_images, read_instance_label, refuse_same_folder
 from utils import InputError, Parser, run_script, save_image
 
-W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; training adds 1 to every pixel
+W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; `encode_weight_map` adds 1
 NEGLIGIBLE = 1e-4     # weights below this may be stored as less than they are; 8 bits resolve 0.05
 
 

@@ -1,7 +1,7 @@
 """Make a file of weights to ship from a training run.
 
-    python scripts/export_pretrained.py --run RUN --data-dir DATA [--checkpoint best] [--scores RESULTS ...]
-        [--out pretrained/FullNet_MultiOrgan.pth.tar]
+    python scripts/export_pretrained.py --run RUN --data-dir DATA --out FILE.pth.tar [--checkpoint best]
+        [--scores RESULTS ...]
 
 It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe of
 every stage (a run that started from another one's weights has two), a fingerprint of the data, the commit, the hours,
@@ -89,7 +89,7 @@ def main(argv=None):
     parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
     parser.add_argument('--checkpoint', default='best', help='best, latest, or the number of an epoch')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
-    parser.add_argument('--out', type=Path, default=Path(__file__).parents[1] / 'pretrained/FullNet_MultiOrgan.pth.tar')
+    parser.add_argument('--out', type=Path, required=True, help='the file to write, such as pretrained/mine.pth.tar')
     args = parser.parse_args(argv)
     ending = '' if args.checkpoint == 'latest' else f'_{args.checkpoint}'
     path = args.run / 'checkpoints' / f'checkpoint{ending}.pth.tar'

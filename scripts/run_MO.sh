@@ -14,6 +14,7 @@ run_script(lambda: print(Options().parse().train["save_dir"]))' "$@")
 python train.py "$@" --save-dir "$SAVE_DIR"
 
 for images in test_same test_diff; do
+    [ -d "$DATA_DIR/images/$images" ] || { echo "no $DATA_DIR/images/$images: not tested"; continue; }
     python test.py --dataset MultiOrgan --model-path "$SAVE_DIR/checkpoints/checkpoint_best.pth.tar" \
         --save-dir "$SAVE_DIR/best" --img-dir "$DATA_DIR/images/$images" --label-dir "$DATA_DIR/labels_instance/test"
 done

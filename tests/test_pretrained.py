@@ -115,7 +115,7 @@ def test_a_stage_that_is_gone_is_named(made, tmp_path):
     checkpoint['options']['train']['init_from'] = 'gone.pth.tar'
     torch.save(checkpoint, path)
     with pytest.raises(InputError, match='no checkpoint at gone.pth.tar'):
-        export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(made / 'data')])
+        export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(made / 'data'), '--out', 'x.pth.tar'])
 
 
 # ---------------------------------------------------------------------------------------------------

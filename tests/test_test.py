@@ -482,6 +482,23 @@ def test_our_checkpoints_need_no_architecture_flags_and_no_mean_std_file(images,
     assert everything(Path('out')) == published
 
 
+def test_our_checkpoints_know_their_data_set(images, tmp_path, own_checkpoint, capsys):
+    own_checkpoint['options']['dataset'] = 'GlaS'
+    torch.save(own_checkpoint, tmp_path / 'gland.pth.tar')
+    words = ['--model-path', 'gland.pth.tar', '--img-dir', str(images / 'set'), '--label-dir', str(images / 'truth'),
+             '--tta', 'none', '--gpu', 'cpu']
+    test_script.main([*words, '--save-dir', 'of_itself'])
+    assert capsys.readouterr().out.startswith('gland.pth.tar was trained on GlaS: taking --dataset GlaS\n')
+    test_script.main([*words, '--dataset', 'GlaS', '--save-dir', 'glands'])
+    assert everything(Path('of_itself')).values() and \
+        list(everything(Path('of_itself')).values()) == list(everything(Path('glands')).values())
+    test_script.main([*words, '--dataset', 'MultiOrgan', '--save-dir', 'nuclei'])
+    assert 'AJI' in Path('nuclei/set_test_result.txt').read_text()
+    image = pixels(images / 'set' / 'a.png')
+    ids, probabilities = test_script.segment(image, 'gland.pth.tar', '--tta', 'none', '--gpu', 'cpu')
+    assert min(probabilities.shape[:2]) == 208 and (ids == tifffile.imread('glands/set_segmentation/a_seg.tiff')).all()
+
+
 def test_a_flag_that_contradicts_our_checkpoint_is_refused(images, own_checkpoint):
     with pytest.raises(InputError, match='--n-layers is 6, but own.pth.tar was trained with 4; leave it out'):
         test_script.main(['--model-path', 'own.pth.tar', '--img-dir', str(images / 'set'), '--n-layers', '6'])
@@ -557,7 +574,7 @@ def test_exported_weights(trained, capsys):
     assert len(shipped['data_sha256']) == 64 and shipped['hours'] > 0
     with pytest.raises(InputError, match='mean_std.npy differs from what .*run was trained with'):
         np.save(trained / 'data/mean_std.npy', np.ones((2, 3)))
-        export_pretrained.main(['--run', str(trained / 'run'), '--data-dir', str(trained / 'data')])
+        export_pretrained.main(['--run', str(trained / 'run'), '--data-dir', str(trained / 'data'), '--out', 'x.tar'])
 
 
 def test_without_a_run_the_shipped_weights_are_taken(trained, monkeypatch, capsys):
