@@ -230,13 +230,15 @@ def draw(scores, arms, seeds, epochs, path):
     """Picture: AJI of every run (dots) and the mean of every arm (bars), for both budgets."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout='constrained')
-    for axes, budget in zip(figure.subplots(1, 2, sharey=True), BUDGETS):
+    both = figure.subplots(1, 2, sharey=True)
+    both[0].set_ylabel('AJI (published definition), validation')
+    for axes, budget in zip(both, BUDGETS):
         for x, arm in enumerate(arms):
             values = of_arm(scores, arm, budget, seeds, epochs, 'AJI')
             axes.bar(x, values.mean(), width=0.6, alpha=0.4)
             axes.plot(np.full(len(values), x), values, 'ko', markersize=5)
         axes.set_xticks(range(len(arms)), [arm.replace(' + ', '\n+ ').replace(', ', ',\n') for arm in arms], fontsize=8)
-        axes.set_title(f'{budget}: AJI (published definition), validation images')
+        axes.set_title(budget)
         axes.grid(axis='y', alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
