@@ -1,10 +1,12 @@
 """Turn the instance labels that test.py writes into GeoJSON, which QuPath opens as detections over the image.
 
-    python scripts/export_geojson.py RESULTS [--out DIR] [--gzip] [--class-name Nucleus]
+    python scripts/export_geojson.py RESULTS [--out DIR] [--gzip] [--class-name Nucleus] [--offset X Y]
 
 RESULTS is one {name}_seg.tiff or a folder of them ({set}_segmentation). Each becomes {name}.geojson (.geojson.gz with
 --gzip), which replaces an earlier one. Outlines run along the pixel borders, so nothing of the label is lost. Where
-{name}_objects.csv lies beside the label, its numbers become measurements of the objects.
+{name}_objects.csv lies beside the label, its numbers become measurements of the objects. Coordinates are pixels of the
+image, from its top left corner. For a region that was exported from a slide at its full resolution, --offset, where
+its corner lies in the slide, moves the outlines there; the measurements stay those of the region.
 """
 import csv
 import gzip
@@ -75,8 +77,11 @@ def outline(mask, top=0, left=0):
     return rings
 
 
-def object_outlines(label):
-    """Yield (id, area in pixels, [rings of `outline` for each 4-connected part]) in order of ids; label: int (H, W)."""
+def object_outlines(label, offset=(0, 0)):
+    """Yield (id, area in pixels, [rings of `outline` for each 4-connected part]) in order of ids.
+
+    label: int (H, W). offset: (x, y) of its top left corner.
+    """
     parts, count = measure.label(label, background=0, connectivity=1, return_num=True)
     owner = np.zeros(count + 1, dtype=label.dtype)
     owner[parts.ravel()] = label.ravel()
@@ -88,7 +93,7 @@ def object_outlines(label):
             rows, columns = boxes[part - 1]
             mask = parts[rows, columns] == part
             area += int(mask.sum())
-            polygons.append(outline(mask, rows.start, columns.start))
+            polygons.append(outline(mask, rows.start + offset[1], columns.start + offset[0]))
         yield number, area, polygons
 
 
@@ -136,14 +141,15 @@ def _is_number(text):
 # GeoJSON
 # ---------------------------------------------------------------------------------------------------
 
-def features(label, name, class_name='Nucleus', table=None, source='the label'):
+def features(label, name, class_name='Nucleus', table=None, source='the label', offset=(0, 0)):
     """Yield one QuPath detection, a GeoJSON feature as a dict, for each object of a label, int (H, W), by its id.
 
     name: of the image; with an object's id it fixes the feature's UUID. table: more measurements, `read_measurements`
-    of the file `source`. Raises InputError if label and table are not of the same objects.
+    of the file `source`. offset: (x, y) of the label's corner, for the outlines. Raises InputError if label and table
+    are not of the same objects.
     """
     missing = set(table or ())
-    for number, area, polygons in object_outlines(label):
+    for number, area, polygons in object_outlines(label, offset):
         measured = {} if table is None else table.get(number)
         if measured is None or measured.get('area', area) != area:
             found = 'no row for it' if measured is None else f'the area {measured["area"]}'
@@ -207,11 +213,15 @@ def main(argv=None):
     parser.add_argument('--out', help='folder to write to (default: the one of the labels)')
     parser.add_argument('--gzip', action='store_true', help='write {name}.geojson.gz, about a fifth of the size')
     parser.add_argument('--class-name', default='Nucleus', help='class of the objects in QuPath (default: %(default)s)')
+    parser.add_argument('--offset', type=int, nargs=2, default=(0, 0), metavar=('X', 'Y'),
+                        help='pixels: where the top left corner of the image lies in its slide (default: 0 0)')
     args = parser.parse_args(argv)
     if not args.class_name.strip():
         raise InputError('--class-name is empty; expected the name of a class, such as Nucleus')
 
     files = result_files(args.results)
+    if any(args.offset) and len(files) > 1:
+        raise InputError(f'--offset is that of one image, and {args.results} holds {len(files)} labels; give one of them')
     out = Path(args.out or files[0].parent)
     if out.exists() and not out.is_dir():
         raise InputError(f'--out is {out}, a file; expected a folder')
@@ -220,7 +230,7 @@ def main(argv=None):
         name = path.name.removesuffix(LABEL_ENDING)
         source = path.with_name(name + TABLE_ENDING)
         table = read_measurements(source) if source.exists() else None
-        collection = features(read_instance_label(path), name, args.class_name, table, source)
+        collection = features(read_instance_label(path), name, args.class_name, table, source, args.offset)
         count += write_geojson(out / f'{name}.geojson{".gz" * args.gzip}', collection)
     print(f'{count} objects of {len(files)} labels written to {out}')
 

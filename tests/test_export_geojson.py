@@ -254,6 +254,19 @@ def test_a_folder_is_exported_to_another_one(tmp_path, capsys):
     assert f'4 objects of 2 labels written to {tmp_path / "deep" / "out"}' in capsys.readouterr().out
 
 
+def test_an_offset_moves_the_outlines_of_one_image(tmp_path):
+    label = picture('33.8', '3..8')
+    plain = json.loads(export(label, tmp_path))['features']
+    moved = json.loads(export(label, tmp_path, words=['--offset', '20000', '700']))['features']
+    for before, after in zip(plain, moved):
+        rings = [np.array(ring) + [20000, 700] for ring in before['geometry']['coordinates']]
+        assert [ring.tolist() for ring in rings] == after['geometry']['coordinates']
+        assert before['properties'] == after['properties'] and before['id'] == after['id']
+    save_instances(tmp_path / 'b_seg.tiff', label)
+    with pytest.raises(InputError, match='--offset is that of one image, and .* holds 2 labels; give one of them'):
+        export_geojson.main([str(tmp_path), '--offset', '1', '0'])
+
+
 @pytest.mark.filterwarnings('ignore:.*has no object')
 def test_a_label_without_objects_is_an_empty_collection(tmp_path):
     assert json.loads(export(np.zeros((3, 4), int), tmp_path)) == {'type': 'FeatureCollection', 'features': []}
