@@ -136,6 +136,9 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
     if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * n_bytes:
         raise InputError(f'{path} declares {image.width} x {image.height} pixels, more than its '
                          f'{n_bytes:,} bytes can hold; it is damaged or truncated: copy it again')
+    offsets = [offset for _, _, offset, *_ in image.tile if isinstance(offset, int)]
+    if max(offsets, default=0) > n_bytes:                        # Pillow would ask for all up to there at once
+        raise damaged(path, 'pixels beyond the end of the file')
     return image
 
 
@@ -265,6 +268,8 @@ OTHER_16BIT = 'has 16 bits per channel, and other channels than grey, RGB or RGB
 
 
 def _read_16bit(image, path, scale):
+    if image.mode == 'CMYK':
+        raise InputError(f'{path} {OTHER_16BIT}')
     lo, hi = scale
     tags = image.tag_v2 if image.format == 'TIFF' else {}
     in_strips = 322 not in tags and tags.get(284, 1) == 1        # neither tiles nor planes, which SimpleITK misreads
@@ -272,6 +277,8 @@ def _read_16bit(image, path, scale):
     if pixels.dtype.itemsize != 2 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
         raise InputError(f'{path} {OTHER_16BIT}')
     pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
+    if tags.get(262) == 0:                                       # 0 is white
+        pixels = 255 - pixels
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
 
 
@@ -286,6 +293,7 @@ def _read_with_simpleitk(path):
 
 
 def _read_with_tifffile(path):
+    """The numbers of a TIFF as they are stored, (H, W) or (H, W, channels)."""
     import tifffile
     logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
     try:
@@ -293,12 +301,14 @@ def _read_with_tifffile(path):
             page = file.pages[0]               # not all of them: a damaged chain has no end
             if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
                 raise ValueError('a strip is longer than the file')
+            if min(page.databytecounts) == 0:                            # it would be filled with zeros
+                raise ValueError('a strip is missing')
             pixels = page.asarray()
             return np.moveaxis(pixels, 0, -1) if page.axes[0] == 'S' else pixels
     except Exception as error:
-        if 'imagecodecs' in str(error):
-            raise InputError(f'{path} has 16 bits per channel in tiles or planes, compressed in a way that is not '
-                             f'read there; save it in strips, uncompressed or with deflate') from error
+        if 'imagecodecs' in str(error) or isinstance(error, ImportError):
+            raise InputError(f'{path} is a TIFF of an unusual kind, which is not read with its compression; save it '
+                             f'uncompressed, or with deflate') from error
         raise damaged(path, error) from error
 
 
@@ -413,19 +423,20 @@ def _decode_label(path, max_megapixels):
         raise InputError(f'{path} has colour mode {image.mode}; expected one integer id per pixel (0 = background)')
     if image.mode == 'RGB' and bits_per_channel(image) != 8:
         raise InputError(f'{path} is a colour image of 16 bits; expected one integer id per pixel (0 = background)')
+    if image.format == 'TIFF' and _pillow_changes_ids(image.tag_v2):
+        if orientation_of(image, path) != 1:
+            raise InputError(f'{path} has an orientation; turn its pixels')
+        return _read_with_tifffile(path)
     pixels = decode(image, path)
-    return _as_stored(pixels, image.tag_v2) if image.format == 'TIFF' else pixels
+    unsigned = image.format == 'TIFF' and image.tag_v2.get(339, (1,)) == (1,)
+    return pixels.view(np.uint32) if unsigned and pixels.dtype == np.int32 else pixels
 
 
-def _as_stored(pixels, tags):
-    """Ids of a TIFF from what Pillow makes of it: it inverts 8-bit ones for which 0 is white, takes 8 bits for unsigned
-    and 32 bits for signed."""
-    if tags.get(262) == 0 and pixels.dtype == np.uint8:
-        pixels = 255 - pixels
-    kind = {(1,): 'u', (2,): 'i'}.get(tags.get(339, (1,)))
-    if kind and pixels.dtype.kind in 'iu':
-        pixels = pixels.view(pixels.dtype.str[0] + kind + pixels.dtype.str[2:])          # the same bits
-    return pixels
+def _pillow_changes_ids(tags):
+    """Whether Pillow gives other numbers than are in a TIFF: it inverts those for which 0 is white, reads signed 8 bits
+    as unsigned, and swaps the bytes of compressed big-endian signed or float ones twice."""
+    is_signed_or_float = set(tags.get(339, (1,))) != {1}
+    return tags.get(262, 0) == 0 or (is_signed_or_float and (tags.prefix == b'MM' or max(tags.get(258, (1,))) == 8))
 
 
 # ---------------------------------------------------------------------------------------------------

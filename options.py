@@ -98,7 +98,7 @@ def float_pair(words):
 # The options
 # ---------------------------------------------------------------------------------------------------
 
-DATASET = Option('MultiOrgan', str, 'data set: layout, metrics and the defaults below (--dataset GlaS --help shows its)',
+DATASET = Option('MultiOrgan', str, 'data set: layout, metrics and the defaults below (its: --dataset GlaS --help)',
                  choices=DATASETS)
 
 MODEL = dict(
@@ -340,7 +340,8 @@ class Options:
                 section.add_argument('--' + name.replace('_', '-'), *option.flags, dest=f'{group}.{name}',
                                      metavar=name.upper(), help=text, **words)
         for split in SCRIPT_TRANSFORMS[self.script]:
-            section = parser.add_argument_group(f'transform.{split}', 'values: as in TRANSFORM of options.py; `none` removes one')
+            section = parser.add_argument_group(f'transform.{split}',
+                                                'as in TRANSFORM of options.py; `none` removes one')
             now = getattr(TRANSFORM, self.dataset)[split]
             for name in TRANSFORM_PARSERS:
                 section.add_argument(f'--transform.{split}.{name}', nargs='+', metavar='VALUE',

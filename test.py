@@ -19,7 +19,8 @@ from skimage.measure import regionprops
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataset import check_mean_std, find_labels, list_images, load_mean_std, read_image, read_instance_label
+from dataset import (check_mean_std, find_labels, list_images, load_mean_std, note, read_image,
+                     read_instance_label)
 from my_transforms import get_transforms
 from options import DATASETS, Options, results_folder
 from prepare_data import Reinhard_normalizer
@@ -157,7 +158,7 @@ def parse_options(argv=None):
     stored = checkpoint.get('options', {}).get('dataset')
     if stored in DATASETS and stored != opt.dataset and ('', 'dataset') not in opt.given:
         path = opt.test['model_path']
-        print(f'{path} was trained on {stored}: taking --dataset {stored}')
+        note(f'{path} was trained on {stored}: taking --dataset {stored}')
         words = sys.argv[1:] if argv is None else argv
         opt = Options(isTrain=False).parse([*words, '--dataset', stored, '--model-path', path])
     take_model_of_checkpoint(opt, checkpoint)

@@ -474,7 +474,8 @@ def load_checkpoint(path):
     checkpoint['state_dict'] = {key.removeprefix('module.'): value for key, value in weights.items()}
     options = checkpoint.get('options')
     if not isinstance(options, dict) or not isinstance(options.get('dataset'), str) or \
-            not all(isinstance(options.get(group), dict) for group in ('model', 'train', 'transform')):
+            not all(isinstance(options.get(group), dict) for group in ('model', 'train', 'transform')) or \
+            'compress_ratio' not in options['model']:
         checkpoint.pop('options', None)                # another program's: as with a published one, ours decide
     return checkpoint
 

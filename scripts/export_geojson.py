@@ -221,7 +221,7 @@ def main(argv=None):
 
     files = result_files(args.results)
     if any(args.offset) and len(files) > 1:
-        raise InputError(f'--offset is that of one image, and {args.results} holds {len(files)} labels; give one of them')
+        raise InputError(f'--offset is that of one image, and {args.results} holds {len(files)} labels; give one')
     out = Path(args.out or files[0].parent)
     if out.exists() and not out.is_dir():
         raise InputError(f'--out is {out}, a file; expected a folder')

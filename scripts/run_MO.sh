@@ -1,16 +1,25 @@
 #!/bin/sh
-# Train on MultiOrgan, then test on both test sets. Arguments go to train.py: sh scripts/run_MO.sh --batch-size 4
+# Train on MultiOrgan, then test on the test sets that are there. Arguments go to train.py:
+#   sh scripts/run_MO.sh --batch-size 4
 # DATA_DIR: the prepared data. SAVE_DIR: the run folder, by default the next free ./experiments/MultiOrgan/N.
 set -eu
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
-DATA_DIR=${DATA_DIR:-./data/MultiOrgan}
 case " $* " in *' --help '* | *' -h '*) exec python train.py --help ;; esac
 
-# the run folder is settled here, so that what is tested is what was trained
-set -- --dataset MultiOrgan --data-dir "$DATA_DIR" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"
-SAVE_DIR=$(python -c 'from options import Options; from utils import run_script
-run_script(lambda: print(Options().parse().train["save_dir"]))' "$@")
+# what is tested is what was trained: run folder and data as train.py takes them
+set -- --dataset MultiOrgan --data-dir "${DATA_DIR:-./data/MultiOrgan}" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"
+option() {
+    name=$1
+    shift
+    python -c 'import sys; from options import Options; from utils import run_script
+run_script(lambda: print(Options().parse(sys.argv[2:]).train[sys.argv[1]]))' "$name" "$@"
+}
+SAVE_DIR=$(option save_dir "$@")
+DATA_DIR=$(option data_dir "$@")
+[ -d "$DATA_DIR/images/test_same" ] || [ -d "$DATA_DIR/images/test_diff" ] || {
+    echo "error: neither images/test_same nor images/test_diff in $DATA_DIR; run prepare_data.py, or set DATA_DIR" >&2
+    exit 2; }
 python train.py "$@" --save-dir "$SAVE_DIR"
 
 for images in test_same test_diff; do

@@ -130,9 +130,37 @@ def test_16_bit_images_that_are_not_read(tmp_path):
             read_image(tmp_path / name, scale_16bit=scale)
     (tmp_path / 'rgb.ppm').write_bytes(b'P6 2 1 100\n' + bytes([0, 50, 100] * 2))
     assert read_image(tmp_path / 'rgb.ppm').tolist() == [[[0, 128, 255]] * 2]
-    tifffile.imwrite(tmp_path / 'five.tif', np.zeros((16, 16, 5), np.uint16), photometric='rgb', tile=(16, 16))
-    with pytest.raises(InputError, match='five.tif'):
-        read_image(tmp_path / 'five.tif', scale_16bit=(0, 9))
+    four = np.zeros((16, 16, 4), np.uint16)
+    for name, options in (('strips.tif', {}), ('tiles.tif', {'tile': (16, 16)})):
+        tifffile.imwrite(tmp_path / name, four, photometric='separated', **options)
+        with pytest.raises(InputError, match=f'{name} has 16 bits per channel, and other channels than grey'):
+            read_image(tmp_path / name, scale_16bit=(0, 9))
+
+
+def test_a_missing_tile_is_not_taken_for_black(tmp_path):
+    pixels = np.full((32, 32, 3), 9, np.uint16)
+    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', tile=(16, 16))
+    with tifffile.TiffFile(tmp_path / 'a.tif', mode='r+b') as file:
+        counts = file.pages[0].tags['TileByteCounts']
+        counts.overwrite([0, *counts.value[1:]])
+    with pytest.raises(InputError, match='a.tif is damaged or truncated .a strip is missing.'):
+        read_image(tmp_path / 'a.tif', scale_16bit=(0, 9))
+
+
+def test_tiles_beyond_the_end_of_the_file(tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', tile=(16, 16), bigtiff=True)
+    with tifffile.TiffFile(tmp_path / 'a.tif', mode='r+b') as file:
+        offsets = file.pages[0].tags['TileOffsets']
+        offsets.overwrite([*offsets.value[:-1], 2 ** 40])
+    with pytest.raises(InputError, match='a.tif is damaged or truncated .pixels beyond the end of the file.; copy it'):
+        read_image(tmp_path / 'a.tif')
+
+
+@pytest.mark.parametrize('options', [{}, {'tile': (16, 16)}])
+def test_16_bit_grey_for_which_0_is_white(tmp_path, options):
+    tifffile.imwrite(tmp_path / 'a.tif', np.array([[0, 100]] * 16, np.uint16), photometric='miniswhite', **options)
+    assert read_image(tmp_path / 'a.tif', scale_16bit=(0, 100))[0].tolist() == [[255] * 3, [0] * 3]
 
 
 @pytest.mark.parametrize('name, make, message', [
@@ -197,6 +225,11 @@ IDS = np.array([[0, 1, 1], [7, 0, 200]])
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint8), photometric='miniswhite', compression='zlib')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), photometric='miniswhite')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), byteorder='>')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), byteorder='>', compression='zlib')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int16), byteorder='>', compression='zlib')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int32), byteorder='>', compression='zlib')),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int32), byteorder='>', compression='zlib', tile=(16, 16))),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.float32), byteorder='>', compression='zlib')),
     ('a.tif', lambda p: Image.fromarray(IDS.astype(np.int32)).save(p, compression='tiff_lzw')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32), compression='zlib', predictor=True)),
     ('a.npy', lambda p: np.save(p, IDS)),
@@ -246,6 +279,8 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
     ('a.npy', lambda p: np.save(p, -IDS), 'holds negative ids'),
     ('a.tif', lambda p: tifffile.imwrite(p, np.array([[-3, 0, 4]], np.int8)), 'holds negative ids'),
     ('a.tif', lambda p: tifffile.imwrite(p, -IDS.astype(np.int16)), 'holds negative ids'),
+    ('a.tif', lambda p: Image.fromarray(IDS.astype(np.uint8)).save(p, compression='tiff_lzw', tiffinfo={262: 0}),
+     'a TIFF of an unusual kind, which is not read with its compression; save it uncompressed'),
     ('a.npy', lambda p: np.save(p, IDS * 10 ** 9), 'holds ids above 2147483647'),
     ('a.npy', lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), 'is not a plain NumPy array'),
     ('a.npy', lambda p: np.save(p, np.zeros((2, 2, 2, 2), int)), r'has shape \(2, 2, 2, 2\)'),

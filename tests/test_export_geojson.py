@@ -263,7 +263,7 @@ def test_an_offset_moves_the_outlines_of_one_image(tmp_path):
         assert [ring.tolist() for ring in rings] == after['geometry']['coordinates']
         assert before['properties'] == after['properties'] and before['id'] == after['id']
     save_instances(tmp_path / 'b_seg.tiff', label)
-    with pytest.raises(InputError, match='--offset is that of one image, and .* holds 2 labels; give one of them'):
+    with pytest.raises(InputError, match='--offset is that of one image, and .* holds 2 labels; give one'):
         export_geojson.main([str(tmp_path), '--offset', '1', '0'])
 
 

@@ -482,13 +482,14 @@ def test_our_checkpoints_need_no_architecture_flags_and_no_mean_std_file(images,
     assert everything(Path('out')) == published
 
 
-def test_our_checkpoints_know_their_data_set(images, tmp_path, own_checkpoint, capsys):
+@pytest.mark.filterwarnings('ignore:.*was trained on GlaS')
+def test_our_checkpoints_know_their_data_set(images, tmp_path, own_checkpoint):
     own_checkpoint['options']['dataset'] = 'GlaS'
     torch.save(own_checkpoint, tmp_path / 'gland.pth.tar')
     words = ['--model-path', 'gland.pth.tar', '--img-dir', str(images / 'set'), '--label-dir', str(images / 'truth'),
              '--tta', 'none', '--gpu', 'cpu']
-    test_script.main([*words, '--save-dir', 'of_itself'])
-    assert capsys.readouterr().out.startswith('gland.pth.tar was trained on GlaS: taking --dataset GlaS\n')
+    with pytest.warns(UserWarning, match='gland.pth.tar was trained on GlaS: taking --dataset GlaS'):
+        test_script.main([*words, '--save-dir', 'of_itself'])
     test_script.main([*words, '--dataset', 'GlaS', '--save-dir', 'glands'])
     assert everything(Path('of_itself')).values() and \
         list(everything(Path('of_itself')).values()) == list(everything(Path('glands')).values())

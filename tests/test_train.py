@@ -510,7 +510,7 @@ def test_run_scripts_train_and_test_the_sets_that_are_there(tmp_path, script, ma
     if 'GlaS' in script:                                             # the run folder as a variable, and as an option
         words, environment['SAVE_DIR'] = ['--transform.train.scale', '44'], str(tmp_path / 'run')
     else:
-        words = ['--save-dir', str(tmp_path / 'run')]
+        words = ['--save-dir', str(tmp_path / 'run'), '--data-dir', environment.pop('DATA_DIR')]
     said = subprocess.run(['sh', str(ROOT / 'scripts' / script), *small, *words], env=environment, check=True,
                           cwd=tmp_path, capture_output=True, text=True).stdout
     assert (f'no {folder}/images/testB: not tested\n' in said) == (len(sets) == 1)
