@@ -1,5 +1,5 @@
 #!/bin/sh
-# How pretrained/FullNet_MultiOrgan.pth.tar was made from the authors' MultiOrgan files: prepare, train in two stages,
+# The recipe of pretrained/FullNet_MultiOrgan.pth.tar, from the authors' MultiOrgan files: prepare, train in two stages,
 # score on the val images, export, and record what verify_pretrained.sh expects. Started again, it goes on where it
 # stopped. Arguments go to train.py: sh scripts/train_pretrained.sh --workers 1
 # RAW_DIR: the files as downloaded. DATA_DIR: where they are prepared. SAVE_DIR: run folders. OUT: the file of weights.
