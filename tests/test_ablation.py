@@ -104,8 +104,12 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypa
             time.sleep(0.02)
         signal.pthread_kill(main_thread, signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '2', *TINY])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '2', *TINY])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert Path('stopped').exists() and len(list((tmp_path / 'out').glob('*/train.out'))) == 1
 
 
