@@ -13,7 +13,6 @@ import faulthandler
 import functools
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import re
