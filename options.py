@@ -200,11 +200,8 @@ POST = dict(
     # not in the published method: off at 0; scripts/study_post_processing.py scores what each gains
     inside_threshold=Option(0.0, float, 'objects are where the inside probability is at least this; 0 = where inside '
                                         'is the most likely class', at_least=0, below=1),
-    fill_holes=Option(0, int, 'pixels: holes of at most this size are filled; 0 = none', at_least=0),
-    watershed=Option(0.0, float, 'split objects in which several regions have at least this inside probability; '
-                                 '0 = none', at_least=0, below=1),
-    grow=Option(0.0, float, 'objects grow to where inside + contour is at least this, instead of by radius; '
-                            '0 = by radius', at_least=0, below=1),
+    h_maxima=Option(0.0, float, 'split objects by a watershed from the maxima of the inside probability that stand out '
+                                'by this; 0 = not', at_least=0, below=1),
 )
 
 PREPARE = dict(

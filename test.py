@@ -286,8 +286,7 @@ def segment_bands(bands, image_shape, post, scale_factor=1):
         del band                                                     # before the next one is made
     masks, inside, contour = map(np.concatenate, (masks, inside, contour))
     radius = round(post['radius'] / scale_factor)
-    label = post_process(masks, post['min_area'], radius, image_shape, post['fill_holes'],
-                         post['watershed'], post['grow'], (inside, contour))
+    label = post_process(masks, post['min_area'], radius, image_shape, post['h_maxima'], inside)
     return label, inside, contour
 
 

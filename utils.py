@@ -28,7 +28,7 @@ from PIL import Image
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
-from skimage import measure, segmentation
+from skimage import measure, morphology, segmentation
 from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -749,77 +749,48 @@ def inside_mask(probabilities, threshold=0):
     return probabilities[..., 1] >= threshold if threshold else probabilities.argmax(axis=2) == 1
 
 
-def post_process(inside, min_area, radius, original_size=None, fill_holes=0, watershed=0, grow=0, maps=None):
+def post_process(inside, min_area, radius, original_size=None, h_maxima=0, inside_map=None):
     """From the mask of class 1 to an instance label.
 
     inside: bool (H, W), `inside_mask`. min_area: pixels, smaller 4-connected components go. original_size: (H0, W0)
     when the network saw a scaled image; the mask is resized to it bilinearly. radius: pixels of the grey dilation
     that gives back the contour. Returns int32 (H0, W0), 0 = background.
-    Not in the published method, and off at 0: fill_holes, pixels, see `fill_small_holes`, comes before all else;
-    watershed, a probability, see `confident_seeds`, `split_objects`; grow, a probability, see `grow_objects`, replaces
-    the dilation. The last two need maps: the inside and contour probabilities, a pair of uint8 (H, W), 255 = 1.
+    Not in the published method, and off at 0: h_maxima, a probability, see `split_objects`; it needs inside_map, the
+    inside probability, uint8 (H, W), 255 = 1.
     """
-    mask = fill_small_holes(inside, fill_holes) if fill_holes else inside
-    mask = remove_small_components(mask, min_area)
+    mask = remove_small_components(inside, min_area)
     if original_size is not None and mask.shape != tuple(original_size):
         grey = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(grey.resize(original_size[::-1], Image.BILINEAR)) > 127.5
-        if watershed or grow:
-            maps = [np.array(Image.fromarray(x).resize(original_size[::-1], Image.BILINEAR)) for x in maps]
+        if h_maxima:
+            inside_map = np.array(Image.fromarray(inside_map).resize(original_size[::-1], Image.BILINEAR))
     label, _ = ndimage.label(mask, np.ones((3, 3)))
     label = label.astype(np.int32, copy=False)
-    if watershed:
-        label = split_objects(label, maps[0], confident_seeds(label, maps[0], watershed, min_area))
-    return grow_objects(label, *maps, grow) if grow else dilate(label, radius)
+    if h_maxima:
+        label = split_objects(label, inside_map, h_maxima)
+    return dilate(label, radius)
 
 
-def fill_small_holes(mask, max_area):
-    """Fill the 4-connected background regions of at most `max_area` pixels of a bool mask (H, W)."""
-    return ~remove_small_components(~mask, max_area + 1)
+def split_objects(label, inside, h):
+    """Split objects along the valleys of the inside probability: a watershed from its h-maxima.
 
-
-def confident_seeds(label, inside, threshold, min_area):
-    """Ids 1, 2, ... of the 8-connected regions of objects, int (H, W), where `inside`, uint8 (H, W), 255 = probability
-    1, is at least `threshold`; those of fewer than `min_area` pixels are 0."""
-    seeds, n = ndimage.label((inside >= threshold * 255) & (label > 0), np.ones((3, 3)))
-    keep = np.bincount(seeds[seeds > 0], minlength=n + 1) >= max(1, min_area)
-    return (np.cumsum(keep, dtype=np.int32) * keep)[seeds]
-
-
-def split_objects(label, inside, seeds):
-    """Split objects with several seeds, by a watershed that floods from them towards lower inside probability.
-
-    label: int32 (H, W), 8-connected objects of which no two touch. inside: uint8 (H, W). seeds: int32 (H, W) of ids
-    1, 2, ..., each in one object; an object with fewer than two stays whole. Returns int32 (H, W), ids 1, 2, ...
+    label: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1; it is smoothed by a Gaussian of 1 pixel.
+    h: probability by which a maximum stands out: all paths in the object from it to a higher one go down as far. An
+    object with fewer than two of them stays whole. Returns int32 (H, W), ids 1, 2, ...
     """
-    result = flood(seeds, inside, label)
-    unseeded = (label > 0) & (result == 0)
-    result[unseeded] = seeds.max(initial=0) + 1 + np.unique(label[unseeded], return_inverse=True)[1]
-    return result
-
-
-def grow_objects(label, inside, contour, threshold):
-    """Grow objects, int32 (H, W), to where inside + contour is at least `threshold`; where two meet, the inside
-    probability is lowest. inside, contour: uint8 (H, W), 255 = probability 1."""
-    foreground = (inside.astype(np.uint16) + contour >= threshold * 255) | (label > 0)
-    return flood(label, inside, ndimage.label(foreground, np.ones((3, 3)))[0])
-
-
-def flood(seeds, inside, regions):
-    """Watershed from seeds, int32 (H, W), towards lower `inside`, uint8 (H, W), within regions, int (H, W): 8-connected
-    ones of which no two touch. Region by region, so that memory is that of the largest. Without a seed it is 0."""
-    result = np.zeros_like(seeds)
-    for i, window in enumerate(ndimage.find_objects(regions), start=1):
-        if window is None:
-            continue
-        region = regions[window] == i
-        own = seeds[window] * region
-        ids = np.unique(own[own > 0])
-        if len(ids) == 1:
-            result[window][region] = ids[0]
-        elif len(ids) > 1:
-            result[window][region] = segmentation.watershed(255 - inside[window], own, connectivity=2,
-                                                            mask=region)[region]
+    result, n = np.zeros_like(label), 0
+    smooth = ndimage.gaussian_filter(inside, 1)
+    for i, window in enumerate(ndimage.find_objects(label), start=1):
+        region = label[window] == i
+        parts = region.astype(np.int32)
+        top = np.where(region, smooth[window], 0).astype(int)
+        # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
+        cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=np.ones((3, 3)))
+        seeds, count = ndimage.label(morphology.local_maxima(cut, connectivity=2), np.ones((3, 3)))
+        if count > 1:
+            parts = segmentation.watershed(-top, seeds, connectivity=2, mask=region)
+        result[window][region] = n + parts[region]
+        n += max(count, 1)
     return result
 
 

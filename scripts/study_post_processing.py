@@ -16,66 +16,34 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
-from skimage import morphology
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import find_labels, read_instance_label  # noqa: E402
 from options import Options  # noqa: E402
-from utils import (InputError, Parser, dilate, grow_objects, overlap_table, post_process,  # noqa: E402
-                   run_script, split_objects, standard_metrics_of, write_text)
+from utils import (InputError, Parser, overlap_table, post_process, remove_small_components,  # noqa: E402
+                   run_script, standard_metrics_of, write_text)
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
 CHOICES = {
     'min_area': (0, 10, 20, 40, 80),             # pixels
     'radius': (0, 1, 2, 3),                      # pixels
     'inside_threshold': (0, 0.3, 0.4, 0.5, 0.6, 0.7),        # probability, instead of the most likely class
-    'fill_holes': (0, 20, 50, 100, 1000),        # pixels: largest hole that is filled
-    'watershed': (0, 0.6, 0.7, 0.8, 0.9, 0.95),  # probability: regions above it are seeds that split an object
-    'h_maxima': (0, 0.05, 0.1, 0.2, 0.3),        # probability: maxima that stand out by this are seeds instead
-    'grow': (0, 0.3, 0.4, 0.5, 0.6),             # instead of by radius, to where inside + contour are above it
+    'fill_holes': (0, 20, 50, 100, 1000),        # pixels: largest hole that is filled; no option of test.py
+    'h_maxima': (0, 0.05, 0.1, 0.2, 0.3, 0.4),   # probability: maxima that stand out by this split an object
 }
-EIGHT = np.ones((3, 3))                          # 8-connected
 METRICS = ('published_AJI', 'aji', 'pq', 'dice')
 
 
-class Maps:
-    """Probability maps of an image, uint8 (H, W), 255 = 1."""
-
-    def __init__(self, inside, contour):
-        self.inside, self.contour = inside, contour
-        self.smooth = ndimage.gaussian_filter(inside, 1)
-        self.seeds = {}
-
-    def h_maxima(self, h):
-        """int (H, W): ids of the regional maxima of the smoothed inside probability that stand out by h. Slow."""
-        if h not in self.seeds:
-            # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
-            top = self.smooth.astype(int)
-            cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=EIGHT)
-            self.seeds[h] = ndimage.label(morphology.local_maxima(cut, EIGHT), EIGHT)[0]
-        return self.seeds[h]
-
-
-def segment_maps(maps, choice):
-    """Instance label, int32 (H, W), of Maps by a dict of CHOICES."""
-    inside, contour = maps.inside, maps.contour
+def segment_maps(inside, contour, choice):
+    """Instance label, int32 (H, W), of two probability maps, uint8 (H, W), 255 = 1, by a dict of CHOICES."""
     if choice['inside_threshold']:
         mask = inside >= choice['inside_threshold'] * 255
     else:                                               # above background, 255 - inside - contour, not below contour
         mask = (2 * inside.astype(int) + contour > 255) & (inside >= contour)
-    options = {name: choice[name] for name in ('min_area', 'radius', 'fill_holes', 'watershed', 'grow')}
-    if not choice['h_maxima']:
-        return post_process(mask, **options, maps=(inside, contour))
-    label = post_process(mask, **options | {'radius': 0, 'grow': 0}, maps=(inside, contour))
-    tops, seeds = maps.h_maxima(choice['h_maxima']), np.zeros_like(label)
-    both = (tops > 0) & (label > 0)                     # a top that reaches into several objects is a seed in each
-    seeds[both] = 1 + np.unique(np.stack([tops[both], label[both]]), axis=1, return_inverse=True)[1].ravel()
-    label = split_objects(label, maps.smooth, seeds)
-    if choice['grow']:
-        return grow_objects(label, inside, contour, choice['grow'])
-    return dilate(label, choice['radius'])
+    if choice['fill_holes']:
+        mask = ~remove_small_components(~mask, choice['fill_holes'] + 1)
+    return post_process(mask, choice['min_area'], choice['radius'], h_maxima=choice['h_maxima'], inside_map=inside)
 
 
 def score(label, truth):
@@ -85,7 +53,7 @@ def score(label, truth):
 
 
 class Study:
-    """Scores of variants on images. images: {name: (Maps, truth)}. Nothing is computed twice."""
+    """Scores of variants on images. images: {name: (inside, contour, truth)}. Nothing is computed twice."""
 
     def __init__(self, images):
         self.images, self.known = images, {}
@@ -95,8 +63,8 @@ class Study:
         """float (images, METRICS)."""
         key = tuple(choice.values())
         if key not in self.known:
-            self.known[key] = np.array([score(segment_maps(maps, choice), truth)
-                                        for maps, truth in self.images.values()])
+            self.known[key] = np.array([score(segment_maps(inside, contour, choice), truth)
+                                        for inside, contour, truth in self.images.values()])
             self.progress.update()
         return self.known[key]
 
@@ -112,7 +80,7 @@ class Study:
 
 
 def read_maps(results, set_name, label_dir):
-    """{name: (Maps, truth)} of all images of a set."""
+    """{name: (inside, contour, truth)} of all images of a set: maps, uint8 (H, W), and instance labels."""
     folder = results / f'{set_name}_prob_maps'
     insides = sorted(folder.glob('*_prob_inside.png'))
     if not insides:
@@ -121,7 +89,7 @@ def read_maps(results, set_name, label_dir):
     images = {}
     for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
         inside, contour = (np.array(Image.open(folder / f'{name}_prob_{kind}.png')) for kind in ('inside', 'contour'))
-        images[name] = Maps(inside, contour), read_instance_label(label, inside.shape)
+        images[name] = inside, contour, read_instance_label(label, inside.shape)
     return images
 
 

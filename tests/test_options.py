@@ -41,7 +41,7 @@ def test_published_defaults():
     assert glas.transform['val'] == dict(scale=208, label_encoding=2, to_tensor=1, normalize=True)
 
 
-OFF = dict(inside_threshold=0, fill_holes=0, watershed=0, grow=0)        # not in the published method
+OFF = dict(inside_threshold=0, h_maxima=0)          # not in the published method
 
 
 @pytest.mark.parametrize('dataset, expected, post', [
