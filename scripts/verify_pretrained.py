@@ -145,7 +145,6 @@ def card_section(weights, found):
              f'| SHA-256 | `{sha256_of(weights)}` |',
              f'| network | {shipped["options"]["model"]["name"]}, {parameters:,} parameters, float32 |',
              f'| training | {shipped["hours"]:.1f} hours, {shipped["steps"]:,} steps |',
-             f'| IoU of class 1 on the val patches | {shipped["best_iou"]:.4f} |',
              f'| code | commit {shipped["commit"]} |',
              f'| packages | {", ".join(f"{name} {version}" for name, version in shipped["packages"].items())} |',
              f'| data (SHA-256 of the hashes of all its files) | `{shipped["data_sha256"]}` |', '',

@@ -13,11 +13,15 @@ import torch
 from miniature import SMALL, make_multi_organ, nuclei
 from PIL import Image
 from skimage.data import immunohistochemistry
+from torch.nn import functional as F
 
 import export_pretrained
 import test as test_script
 import train
+import update_batch_norm
 import verify_pretrained
+from dataset import DataFolder
+from my_transforms import get_transforms
 from utils import InputError, build_model, load_checkpoint, save_image, save_instances, sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,6 +272,54 @@ def test_the_verification_script(shipped):
     (shipped.parent / 'README.md').write_text('SHA-256 ' + 64 * '0')
     assert run_sh('verify_pretrained.sh', '--weights', str(shipped)).returncode == 1
     assert run_sh('verify_pretrained.sh', '--weights', str(shipped.with_name('none'))).returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Batch-norm statistics computed anew
+# ---------------------------------------------------------------------------------------------------
+
+def test_batch_norm_statistics_are_those_of_training_crops_without_augmentation(made, tmp_path, capsys):
+    path, out = made / 'stage2/checkpoints/checkpoint_best.pth.tar', tmp_path / 'anew.pth.tar'
+    words = ['--model-path', str(path), '--data-dir', str(made / 'data'), '--out', str(out), '--crops', '8']
+    update_batch_norm.main(words)
+    before, after = load_checkpoint(path), load_checkpoint(out)
+    statistics = ('running_mean', 'running_var', 'num_batches_tracked')
+    assert after['optimizer'] == {} and after['mean_std'] == before['mean_std']
+    assert all(torch.equal(value, after['state_dict'][key]) for key, value in before['state_dict'].items()
+               if not key.endswith(statistics))
+
+    # the first layer by hand: two images of 64 x 64, and the 8 crops of 40 x 40 that DataFolder gives of them
+    data = DataFolder([made / 'data' / part / 'train' for part in ('images', 'weight_maps', 'labels')],
+                      ['weight.png', 'label.png'], [3, 1, 3],
+                      get_transforms(dict(random_crop=40, label_encoding=1, to_tensor=1,
+                                          normalize=np.array(before['mean_std']))))
+    batches = [torch.stack([data[i, 0, epoch][0] for i in range(2)]) for epoch in range(4)]
+    outputs = [F.leaky_relu(F.conv2d(batch, before['state_dict']['conv1.conv.weight'], padding=1), 0.01)
+               for batch in batches]
+    means = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    variances = torch.stack([output.transpose(0, 1).flatten(1).var(1) for output in outputs]).mean(0)
+    assert torch.allclose(after['state_dict']['conv1.bn.running_mean'], means, atol=1e-5)
+    assert torch.allclose(after['state_dict']['conv1.bn.running_var'], variances, rtol=1e-4)
+    assert not torch.allclose(before['state_dict']['conv1.bn.running_mean'], means, rtol=0.01)
+
+    update_batch_norm.main([*words[:-3], str(tmp_path / 'again.pth.tar'), *words[-2:]])
+    again = load_checkpoint(tmp_path / 'again.pth.tar')['state_dict']
+    assert all(torch.equal(value, again[key]) for key, value in after['state_dict'].items())
+    score(made, out, 'flips')
+    with pytest.raises(InputError, match='holds no optimizer state, so that it cannot be resumed'):
+        train.main(['--checkpoint-path', str(out)])
+
+
+def test_what_batch_norm_statistics_cannot_be_computed_of(made, tmp_path):
+    path = made / 'stage2/checkpoints/checkpoint_best.pth.tar'
+    words = ['--data-dir', str(made / 'data'), '--model-path']
+    with pytest.raises(InputError, match='the checkpoint itself; expected another name'):
+        update_batch_norm.main([*words, str(path), '--out', str(path)])
+    with pytest.raises(InputError, match='--crops is 0; expected at least 1'):
+        update_batch_norm.main([*words, str(path), '--out', str(tmp_path / 'x'), '--crops', '0'])
+    published = ROOT / 'tests/golden/tiny_checkpoint.pth.tar'
+    with pytest.raises(InputError, match='tiny_checkpoint.pth.tar holds no options or no mean_std'):
+        update_batch_norm.main([*words, str(published), '--out', str(tmp_path / 'x')])
 
 
 # ---------------------------------------------------------------------------------------------------

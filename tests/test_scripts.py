@@ -28,6 +28,7 @@ from utils import InputError, load_checkpoint, save_checkpoint, save_image, save
     ('make_report', 'x --open', 'unrecognized arguments: --open'),
     ('otsu_baseline', '--img-dir x', 'the following arguments are required: --label-dir'),
     ('study_post_processing', 'x', 'the following arguments are required: --label-dir'),
+    ('update_batch_norm', '', 'the following arguments are required: --model-path, --data-dir, --out'),
     ('verify_pretrained', '--wrong', 'unrecognized arguments: --wrong'),
 ])
 def test_a_wrong_command_line_is_one_line(script, words, message):

@@ -1,0 +1,79 @@
+"""Compute the batch-norm statistics of trained weights anew, from training crops without augmentation.
+
+    python scripts/update_batch_norm.py --model-path CHECKPOINT --data-dir DATA --out FILE.pth.tar [--crops 96]
+
+While a network trains, batch norm also averages over what augmentation fills with zeros, far from the colour of any
+tissue, and over weights that still moved. Testing sees neither. The new statistics are the mean over `--crops` random crops
+of training's size, scaled as in training and not changed otherwise, without dropout; the weights stay as they are.
+FILE cannot be resumed, only tested, exported or started from; its best_iou is that of the old statistics.
+"""
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dataset import EpochBatches, batch_items, check_mean_std  # noqa: E402
+from options import Options  # noqa: E402
+from train import load_data  # noqa: E402
+from utils import (InputError, Parser, build_model, choose_device, load_checkpoint, load_weights,  # noqa: E402
+                   run_script, save_checkpoint)
+
+KEPT = ('scale', 'random_crop', 'label_encoding', 'to_tensor', 'normalize')           # of the training transforms
+BATCH = 4                                             # batches of one size, so that all crops count the same
+
+
+def training_crops(opt, mean_std, count):
+    """Yields `count` normalised crops, float (BATCH, 3, H, W), rounded up to whole batches."""
+    train_set = load_data(opt, 'train', mean_std)
+    batches = EpochBatches(len(train_set), min(BATCH, len(train_set)), seed=0)
+    loader, given = DataLoader(train_set, batch_sampler=batches, collate_fn=batch_items), 0
+    for epoch in itertools.count():
+        batches.set_position(epoch, 0)
+        for image, *_ in loader:
+            if len(image) == batches.batch_size:
+                yield image
+                given += len(image)
+            if given >= count:
+                return
+
+
+def main(argv=None):
+    parser = Parser(prog='scripts/update_batch_norm.py', description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model-path', type=Path, required=True, help='checkpoint of train.py')
+    parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
+    parser.add_argument('--out', type=Path, required=True, help='the checkpoint to write')
+    parser.add_argument('--crops', type=int, default=96, help='random training crops [96]')
+    args = parser.parse_args(argv)
+    if args.crops < 1:
+        raise InputError(f'--crops is {args.crops}; expected at least 1')
+    if args.out.exists() and args.out.samefile(args.model_path):
+        raise InputError(f'--out is {args.out}, the checkpoint itself; expected another name')
+    checkpoint = load_checkpoint(args.model_path)
+    if not {'options', 'mean_std'} <= checkpoint.keys():
+        raise InputError(f'{args.model_path} holds no options or no mean_std: expected a checkpoint of this train.py')
+    opt = Options(isTrain=True).parse(['--dataset', checkpoint['options']['dataset'], '--data-dir', str(args.data_dir)])
+    stored = checkpoint['options']['transform']['train']
+    opt.transform['train'] = {name: value for name, value in stored.items() if name in KEPT}
+    mean_std = check_mean_std(checkpoint['mean_std'], args.model_path)
+
+    device = choose_device('auto')
+    model = build_model({**checkpoint['options']['model'], 'drop_rate': 0})
+    load_weights(model, checkpoint['state_dict'], checkpoint['options']['model'], args.model_path)
+    crops = tqdm(training_crops(opt, mean_std, args.crops), total=-(-args.crops // BATCH), disable=None)
+    update_bn(crops, model.to(device), device)
+    checkpoint['state_dict'] = {key: value.cpu() for key, value in model.state_dict().items()}
+    checkpoint['optimizer'] = {}
+    checkpoint.pop('raw_state_dict', None)
+    save_checkpoint(args.out, checkpoint)
+    print(f'{args.out}: batch-norm statistics of {args.crops} crops')
+
+
+if __name__ == '__main__':
+    run_script(main)
