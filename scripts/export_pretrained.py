@@ -87,7 +87,7 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', type=Path, required=True, help='run folder of train.py')
     parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
-    parser.add_argument('--checkpoint', default='best', help='best, latest, or the number of an epoch')
+    parser.add_argument('--checkpoint', default='best', help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
     parser.add_argument('--out', type=Path, required=True, help='the file to write, such as pretrained/mine.pth.tar')
     args = parser.parse_args(argv)
@@ -112,6 +112,7 @@ def main(argv=None):
                     'train': stages[-1]['train'], 'transform': stages[-1]['transform']},
         'lab': lab_statistics(list_images(args.data_dir / 'images' / 'train')),
         'data_sha256': data_fingerprint(info), 'commit': info['commit'], 'packages': info['packages'],
+        'batch_norm_crops': checkpoint.get('batch_norm_crops', 0),         # 0: the statistics of the training
         'stages': stages, 'steps': sum(stage['steps'] for stage in stages),
         'hours': sum(stage['hours'] for stage in stages),
         'scores': [scores_of(results, weights) for results in args.scores]})

@@ -69,7 +69,7 @@ def main(argv=None):
     crops = tqdm(training_crops(opt, mean_std, args.crops), total=-(-args.crops // BATCH), disable=None)
     update_bn(crops, model.to(device), device)
     checkpoint['state_dict'] = {key: value.cpu() for key, value in model.state_dict().items()}
-    checkpoint['optimizer'] = {}
+    checkpoint['optimizer'], checkpoint['batch_norm_crops'] = {}, args.crops
     checkpoint.pop('raw_state_dict', None)
     save_checkpoint(args.out, checkpoint)
     print(f'{args.out}: batch-norm statistics of {args.crops} crops')

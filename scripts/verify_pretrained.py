@@ -140,11 +140,14 @@ def card_section(weights, found):
         raise InputError(f'{weights} does not say how it was made; make it with scripts/export_pretrained.py')
     parameters = sum(value.numel() for key, value in shipped['state_dict'].items()
                      if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked')))
+    crops = shipped.get('batch_norm_crops', 0)
     lines = [BEGIN, '', '| | |', '|---|---|',
              f'| file | `{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB |',
              f'| SHA-256 | `{sha256_of(weights)}` |',
              f'| network | {shipped["options"]["model"]["name"]}, {parameters:,} parameters, float32 |',
              f'| training | {shipped["hours"]:.1f} hours, {shipped["steps"]:,} steps |',
+             '| batch-norm statistics | ' + (f'of {crops} training crops without augmentation |' if crops else
+                                             'of the training |'),
              f'| code | commit {shipped["commit"]} |',
              f'| packages | {", ".join(f"{name} {version}" for name, version in shipped["packages"].items())} |',
              f'| data (SHA-256 of the hashes of all its files) | `{shipped["data_sha256"]}` |', '',
