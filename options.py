@@ -201,7 +201,7 @@ POST = dict(
     inside_threshold=Option(0.0, float, 'objects are where the inside probability is at least this; 0 = where inside '
                                         'is the most likely class', at_least=0, below=1),
     h_maxima=Option(0.0, float, 'split objects by a watershed from the maxima of the inside probability that stand out '
-                                'by this; 0 = not', at_least=0, below=1),
+                                'by this; 0 = not; min_area is of objects before that', at_least=0, below=1),
 )
 
 PREPARE = dict(

@@ -755,35 +755,37 @@ def post_process(inside, min_area, radius, original_size=None, h_maxima=0, insid
     inside: bool (H, W), `inside_mask`. min_area: pixels, smaller 4-connected components go. original_size: (H0, W0)
     when the network saw a scaled image; the mask is resized to it bilinearly. radius: pixels of the grey dilation
     that gives back the contour. Returns int32 (H0, W0), 0 = background.
-    Not in the published method, and off at 0: h_maxima, a probability, see `split_objects`; it needs inside_map, the
-    inside probability, uint8 (H, W), 255 = 1.
+    Not in the published method, and off at 0: h_maxima, a probability, see `split_objects`. It needs inside_map, the
+    inside probability, uint8 (H, W), 255 = 1, which it smooths by a Gaussian of 1 pixel. Parts of one object touch; the
+    dilation leaves the border between them where it is.
     """
     mask = remove_small_components(inside, min_area)
+    smooth = ndimage.gaussian_filter(inside_map, 1) if h_maxima else None
     if original_size is not None and mask.shape != tuple(original_size):
         grey = Image.fromarray(mask.astype(np.uint8) * 255)
         mask = np.array(grey.resize(original_size[::-1], Image.BILINEAR)) > 127.5
         if h_maxima:
-            inside_map = np.array(Image.fromarray(inside_map).resize(original_size[::-1], Image.BILINEAR))
+            smooth = np.array(Image.fromarray(smooth).resize(original_size[::-1], Image.BILINEAR))
     label, _ = ndimage.label(mask, np.ones((3, 3)))
     label = label.astype(np.int32, copy=False)
-    if h_maxima:
-        label = split_objects(label, inside_map, h_maxima)
-    return dilate(label, radius)
+    if not h_maxima:
+        return dilate(label, radius)
+    parts = split_objects(label, smooth, h_maxima)
+    return np.where(parts > 0, parts, dilate(parts.copy(), radius))
 
 
 def split_objects(label, inside, h):
     """Split objects along the valleys of the inside probability: a watershed from its h-maxima.
 
-    label: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1; it is smoothed by a Gaussian of 1 pixel.
-    h: probability by which a maximum stands out: all paths in the object from it to a higher one go down as far. An
-    object with fewer than two of them stays whole. Returns int32 (H, W), ids 1, 2, ...
+    label: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1. h: probability by which a maximum
+    stands out: all paths in the object from it to a higher one go down as far. An object with fewer than two of them
+    stays whole. Returns int32 (H, W), ids 1, 2, ...
     """
     result, n = np.zeros_like(label), 0
-    smooth = ndimage.gaussian_filter(inside, 1)
     for i, window in enumerate(ndimage.find_objects(label), start=1):
         region = label[window] == i
         parts = region.astype(np.int32)
-        top = np.where(region, smooth[window], 0).astype(int)
+        top = np.where(region, inside[window], 0).astype(int)
         # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
         cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=np.ones((3, 3)))
         seeds, count = ndimage.label(morphology.local_maxima(cut, connectivity=2), np.ones((3, 3)))

@@ -1,6 +1,6 @@
 """Weight maps: pixels between close objects count more in the loss (the published code's MATLAB script).
 
-    python weight_map.py --label-dir DIR --save-dir DIR [--sigma 5] [--w0 10] [--binary-labels]
+    python weight_map.py --label-dir DIR --save-dir DIR [--sigma 5] [--w0 10] [--binary-labels True]
 
 writes `{name}_weight.png` for every instance label in a folder. `prepare_data.py` calls the same functions.
 """
@@ -13,6 +13,7 @@ from skimage.measure import label as connected_regions
 from tqdm import tqdm
 
 from dataset import LABEL_EXTENSIONS, list_images, read_instance_label, refuse_same_folder
+from options import boolean
 from utils import InputError, Parser, run_script, save_image
 
 W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; `encode_weight_map` adds 1
@@ -163,7 +164,7 @@ def main(argv=None):
     parser.add_argument('--save-dir', required=True, help='where {name}_weight.png files go')
     parser.add_argument('--sigma', type=float, default=5.0, help='pixels: 5 for MultiOrgan nuclei, 20 for GlaS glands')
     parser.add_argument('--w0', type=float, default=W0, help='the largest weight')
-    parser.add_argument('--binary-labels', action='store_true',
+    parser.add_argument('--binary-labels', type=boolean, nargs='?', const=True, default=False,
                         help='0/255 masks as labels: their 8-connected components are the objects')
     args = parser.parse_args(argv)
     create_weight_maps(args.label_dir, args.save_dir, args.sigma, args.w0, args.binary_labels)

@@ -30,7 +30,8 @@ import train  # noqa: E402
 from dataset import EpochBatches, batch_items, list_images, load_mean_std  # noqa: E402
 from loss import VarCELoss  # noqa: E402
 from options import Options  # noqa: E402
-from utils import InputError, Parser, atomic_path, build_model, load_checkpoint, run_script, write_text  # noqa: E402
+from utils import (InputError, MixedPrecision, Parser, atomic_path, build_model, choose_device,  # noqa: E402
+                   load_checkpoint, run_script, write_text)
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {                                        # name in the table: options of train.py
@@ -132,14 +133,19 @@ def seconds_per_step(opt, threads, repetitions=6):
     train_set = train.load_data(opt, 'train', load_mean_std(Path(opt.train['data_dir']) / 'mean_std.npy'))
     loader = DataLoader(train_set, collate_fn=batch_items,
                         batch_sampler=EpochBatches(len(train_set), opt.train['batch_size'], seed=0))
-    model = build_model(opt.model).set_mode('auto', opt.train['memory_efficient'], opt.train['amp'])
+    device = choose_device(opt.train['gpu'])
+    model = build_model(opt.model).set_mode('auto', opt.train['memory_efficient'], opt.train['amp']).to(device)
+    precision = MixedPrecision(device, opt.train['amp'])
     optimizer, criterion = torch.optim.Adam(model.parameters(), opt.train['lr']), VarCELoss(opt.train['alpha'])
     times = [time.perf_counter()]
     for crops in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), repetitions + 1):
-        image, weight, target = train.to_device(*crops, torch.device('cpu'), opt.train['use_weight_map'])
+        image, weight, target = train.to_device(*crops, device, opt.train['use_weight_map'])
+        with precision.autocast():
+            logits = model(image)
         optimizer.zero_grad(set_to_none=True)
-        criterion(model(image), target, weight)[0].backward()
+        criterion(logits.float(), target, weight)[0].backward()
         optimizer.step()
+        model.conv2.weight.sum().item()                                      # a GPU has finished the step
         times.append(time.perf_counter())
     torch.set_num_threads(before)
     return float(np.median(np.diff(times)[1:]))

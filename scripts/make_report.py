@@ -37,8 +37,12 @@ SETTINGS = (
     ('test-time augmentation', 'test.tta'),
     ('patch size, px (0: whole image)', 'test.patch_size'),
     ('patch overlap, px', 'test.overlap'),
+    ('colours of the training images', 'test.color_norm'),
+    ('enlarged by', 'test.scale_factor'),
     ('smallest object, px', 'post.min_area'),
     ('dilation radius, px', 'post.radius'),
+    ('threshold on the inside probability (0: most likely class)', 'post.inside_threshold'),
+    ('objects split at maxima that stand out by (0: not)', 'post.h_maxima'),
 )
 
 

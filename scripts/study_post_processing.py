@@ -2,7 +2,8 @@
 
     python scripts/study_post_processing.py RESULTS --label-dir LABELS [--set val_full] [--out STUDY]
 
-RESULTS: save_dir of test.py with probability maps of images at the network's scale. LABELS: their instance labels.
+RESULTS: save_dir of test.py with probability maps of nuclei; they must have the size of their images, so not with
+--scale-factor. LABELS: their instance labels.
 Writes STUDY.txt and STUDY.json (by default RESULTS/{set}_post_processing). The first row is the published way: class 1
 where it is the most likely one, components under min_area removed, each dilated by radius. Then one change at a time,
 and what a greedy search over all of them finds; it chooses by the mean published AJI of the same images that it is
@@ -126,13 +127,11 @@ def main(argv=None):
     parser.add_argument('results', metavar='RESULTS', type=Path, help='save_dir of test.py')
     parser.add_argument('--label-dir', required=True, help='instance labels of the images')
     parser.add_argument('--set', help='name of the set [the only one in RESULTS]')
-    parser.add_argument('--dataset', default='MultiOrgan', choices=('MultiOrgan', 'GlaS'),
-                        help='whose published min_area and radius come first')
     parser.add_argument('--out', type=Path, help='path without extension [RESULTS/{set}_post_processing]')
     args = parser.parse_args(argv)
     set_name = args.set or find_set(args.results)
     out = args.out or args.results / f'{set_name}_post_processing'
-    post = Options(isTrain=False).parse(['--dataset', args.dataset]).post
+    post = Options(isTrain=False).parse([]).post
     published = {name: post.get(name, 0) for name in CHOICES}
     study = Study(read_maps(args.results, set_name, args.label_dir))
 

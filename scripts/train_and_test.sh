@@ -13,9 +13,6 @@ run_script(lambda: print("{save_dir}\n{data_dir}".format(**Options().parse().tra
 { IFS= read -r SAVE_DIR; IFS= read -r DATA_DIR; } <<EOF
 $folders
 EOF
-there=$(for images in $test_sets; do [ ! -d "$DATA_DIR/images/$images" ] || echo "$images"; done)
-[ "$there" ] || { echo "error: none of $test_sets in $DATA_DIR/images; run prepare_data.py, or set DATA_DIR" >&2
-                  exit 2; }
 python train.py "$@" --save-dir "$SAVE_DIR"
 
 for images in $test_sets; do

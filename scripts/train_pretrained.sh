@@ -53,14 +53,14 @@ train stage3 --data-dir "$DATA_500" --epochs "$EPOCHS_3" --input-size 208 --val-
     --lr-schedule cosine --warmup-epochs 1 --val-every 36 \
     --init-from "$SAVE_DIR/stage2/checkpoints/checkpoint.pth.tar" "$@"
 python scripts/update_batch_norm.py --model-path "$SAVE_DIR/stage3/checkpoints/checkpoint.pth.tar" \
-    --data-dir "$DATA_DIR" --out "$SAVE_DIR/stage3/checkpoints/checkpoint_batch_norm.pth.tar"
+    --data-dir "$DATA_500" --out "$SAVE_DIR/stage3/checkpoints/checkpoint_batch_norm.pth.tar"
 
 # 4. scores on the whole val images, the file, and what others are to find with it
 set --
 for tta in $SCORES; do
     python test.py --dataset MultiOrgan --model-path "$SAVE_DIR/stage3/checkpoints/checkpoint_batch_norm.pth.tar" \
         --img-dir "$DATA_DIR/images/val_full" --label-dir "$DATA_DIR/labels_instance/val_full" \
-        --tta "$tta" --save-dir "$SAVE_DIR/scores_$tta"
+        --tta "$tta" --amp True --save-dir "$SAVE_DIR/scores_$tta"
     set -- "$@" "$SAVE_DIR/scores_$tta"
 done
 python scripts/export_pretrained.py --run "$SAVE_DIR/stage3" --checkpoint batch_norm --data-dir "$DATA_DIR" \

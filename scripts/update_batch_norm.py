@@ -5,7 +5,8 @@
 While a network trains, batch norm also averages over what augmentation fills with zeros, far from the colour of any
 tissue, and over weights that still moved. Testing sees neither. The new statistics are the mean over `--crops` random crops
 of training's size, scaled as in training and not changed otherwise, without dropout; the weights stay as they are.
-FILE cannot be resumed, only tested, exported or started from; its best_iou is that of the old statistics.
+FILE cannot be resumed, only tested, exported or started from; its best_iou is that of the old statistics, and it has no
+scores.
 """
 import argparse
 import itertools
@@ -28,19 +29,13 @@ KEPT = ('scale', 'random_crop', 'label_encoding', 'to_tensor', 'normalize')     
 BATCH = 4                                             # batches of one size, so that all crops count the same
 
 
-def training_crops(opt, mean_std, count):
-    """Yields `count` normalised crops, float (BATCH, 3, H, W), rounded up to whole batches."""
-    train_set = load_data(opt, 'train', mean_std)
-    batches = EpochBatches(len(train_set), min(BATCH, len(train_set)), seed=0)
-    loader, given = DataLoader(train_set, batch_sampler=batches, collate_fn=batch_items), 0
+def training_crops(train_set, batch_size):
+    """Yields normalised crops, float (batch_size, 3, H, W), without end: from each image one, then from each another."""
+    batches = EpochBatches(len(train_set), batch_size, seed=0)
+    loader = DataLoader(train_set, batch_sampler=batches, collate_fn=batch_items)
     for epoch in itertools.count():
         batches.set_position(epoch, 0)
-        for image, *_ in loader:
-            if len(image) == batches.batch_size:
-                yield image
-                given += len(image)
-            if given >= count:
-                return
+        yield from (image for image, *_ in loader if len(image) == batch_size)
 
 
 def main(argv=None):
@@ -49,7 +44,7 @@ def main(argv=None):
     parser.add_argument('--model-path', type=Path, required=True, help='checkpoint of train.py')
     parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
     parser.add_argument('--out', type=Path, required=True, help='the checkpoint to write')
-    parser.add_argument('--crops', type=int, default=96, help='random training crops [96]')
+    parser.add_argument('--crops', type=int, default=96, help='random training crops, rounded up to whole batches [96]')
     args = parser.parse_args(argv)
     if args.crops < 1:
         raise InputError(f'--crops is {args.crops}; expected at least 1')
@@ -66,13 +61,17 @@ def main(argv=None):
     device = choose_device('auto')
     model = build_model({**checkpoint['options']['model'], 'drop_rate': 0})
     load_weights(model, checkpoint['state_dict'], checkpoint['options']['model'], args.model_path)
-    crops = tqdm(training_crops(opt, mean_std, args.crops), total=-(-args.crops // BATCH), disable=None)
-    update_bn(crops, model.to(device), device)
+    train_set = load_data(opt, 'train', mean_std)
+    batch_size = min(BATCH, len(train_set))
+    n_batches = -(-args.crops // batch_size)
+    crops = itertools.islice(training_crops(train_set, batch_size), n_batches)
+    update_bn(tqdm(crops, total=n_batches, disable=None), model.to(device), device)
     checkpoint['state_dict'] = {key: value.cpu() for key, value in model.state_dict().items()}
-    checkpoint['optimizer'], checkpoint['batch_norm_crops'] = {}, args.crops
-    checkpoint.pop('raw_state_dict', None)
+    checkpoint['optimizer'], checkpoint['batch_norm_crops'] = {}, n_batches * batch_size
+    for name in ('raw_state_dict', 'scores'):                         # of the old statistics
+        checkpoint.pop(name, None)
     save_checkpoint(args.out, checkpoint)
-    print(f'{args.out}: batch-norm statistics of {args.crops} crops')
+    print(f'{args.out}: batch-norm statistics of {n_batches * batch_size} crops')
 
 
 if __name__ == '__main__':

@@ -73,9 +73,9 @@ def test_threshold_on_the_inside_probability():
 def slow_split(label, inside, h):
     """Object by object in the whole image, by the definition: a region that begins h under a maximum is the seed of
     this maximum, unless it holds a higher one."""
-    smooth, result = ndimage.gaussian_filter(inside, 1).astype(int), label.copy()
+    result = label.copy()
     for i in range(1, label.max() + 1):
-        levels, seeds = np.where(label == i, smooth, 0), np.zeros_like(label)
+        levels, seeds = np.where(label == i, inside.astype(int), 0), np.zeros_like(label)
         for height in np.unique(levels):
             low = height - round(255 * h)
             if low > 0:
@@ -113,9 +113,15 @@ def test_two_nuclei_with_a_bridge_are_split_where_the_probability_is_lowest():
     label = post_process(mask, 20, 0, h_maxima=0.1, inside_map=inside)
     assert label.max() == 2 and np.array_equal(label > 0, mask)
     assert (label[:, :20][mask[:, :20]] == 1).all() and (label[:, 21:][mask[:, 21:]] == 2).all()
-    assert np.array_equal(post_process(mask, 20, 2, h_maxima=0.1, inside_map=inside), dilate(label.copy(), 2))
+    dilated = post_process(mask, 20, 2, h_maxima=0.1, inside_map=inside)
+    assert np.array_equal(dilated, np.where(mask, label, dilate(label.copy(), 2)))    # the border between them stays
+    assert (dilated > 0).sum() > mask.sum() and (label != dilate(label.copy(), 2))[mask].any()
     scaled = post_process(mask, 20, 0, (42, 82), h_maxima=0.1, inside_map=inside)               # a scaled image
     assert scaled.max() == 2 and (scaled[:, :40][scaled[:, :40] > 0] == 1).all()
+    speckled = inside.copy()
+    speckled[8:13:2, 8:15:2] -= 90                                      # smoothed before it is scaled or looked at
+    for size in (None, (210, 410)):
+        assert post_process(mask, 20, 0, size, h_maxima=0.1, inside_map=speckled).max() == 2
 
 
 def test_maxima_of_one_height_are_one_unless_the_valley_is_deep():

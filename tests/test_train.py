@@ -225,6 +225,17 @@ def test_init_from_starts_from_other_weights(base, data, tmp_path):
     assert torch.equal(tuned['state_dict'][weight], base[0]['state_dict'][weight]) and tuned['epoch'] == 1
 
 
+def test_a_run_is_not_resumed_with_other_images(data, tmp_path):
+    run(data, tmp_path / 'run')
+    words = ['--checkpoint-path', str(tmp_path / 'run/checkpoints/checkpoint.pth.tar'), '--epochs', '2', '--data-dir']
+    other = make_multi_organ(tmp_path / 'other', n_train=3)
+    with pytest.raises(InputError, match='other/mean_std.npy is not that of the run of .*: other images'):
+        train.main([*words, str(other)])
+    shutil.copytree(data, tmp_path / 'copy')
+    train.main([*words, str(tmp_path / 'copy')])
+    assert load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 2
+
+
 def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
     first, _ = run(data, tmp_path / 'run', '--max-minutes', '0.03', '--epochs', '1000')
     assert first['steps_planned'] and 2 <= first['step'] == first['total_steps'] < 400
