@@ -771,7 +771,9 @@ def post_process(inside, min_area, radius, original_size=None, h_maxima=0, insid
     if not h_maxima:
         return dilate(label, radius)
     parts = split_objects(label, smooth, h_maxima)
-    return np.where(parts > 0, parts, dilate(parts.copy(), radius))
+    label = dilate(parts.copy(), radius)
+    np.copyto(label, parts, where=parts > 0)
+    return label
 
 
 def split_objects(label, inside, h):
