@@ -275,8 +275,8 @@ def resize(image, factor, max_megapixels):
 def segment_bands(bands, image_shape, post, scale_factor=1):
     """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
 
-    The maps hold 255 times the probability. image_shape: (H, W). The radius of the dilation is
-    divided by scale_factor, because the contour that it gives back is thinner in the image than in what the network saw.
+    The maps hold 255 times the probability. image_shape: (H, W). The radius of the dilation is divided by scale_factor,
+    because the contour that it gives back is thinner in the image than in what the network saw.
     """
     masks, inside, contour = [], [], []
     for band in bands:

@@ -87,7 +87,8 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', type=Path, required=True, help='run folder of train.py')
     parser.add_argument('--data-dir', type=Path, required=True, help='the prepared data that it was trained on')
-    parser.add_argument('--checkpoint', default='best', help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
+    parser.add_argument('--checkpoint', default='best',
+                        help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
     parser.add_argument('--out', type=Path, required=True, help='the file to write, such as pretrained/mine.pth.tar')
     args = parser.parse_args(argv)

@@ -1,6 +1,7 @@
 #!/bin/sh
-# The recipe of pretrained/FullNet_MultiOrgan.pth.tar, from the authors' MultiOrgan files: prepare, train in three stages,
-# compute the batch-norm statistics anew, score on the val images, export, and record what verify_pretrained.sh expects.
+# The recipe of pretrained/FullNet_MultiOrgan.pth.tar, from the authors' MultiOrgan files: prepare, train in three
+# stages, compute the batch-norm statistics anew, score on the val images, export, and record what verify_pretrained.sh
+# expects.
 # Started again, it goes on where it stopped. Arguments go to train.py: sh scripts/train_pretrained.sh --workers 1
 # RAW_DIR: the files as downloaded. DATA_DIR, DATA_500: where they are prepared, in patches of 250 and of 500 pixels.
 # SAVE_DIR: run folders. OUT: the file of weights. INIT_FROM: weights to start from; by default none.
@@ -39,13 +40,13 @@ prepare "$DATA_DIR"
 prepare "$DATA_500" --patch-size 500
 
 # 1. small crops, mild augmentation, a constant rate; the averaged weights are validated
-train stage1 --data-dir "$DATA_DIR" --epochs "$EPOCHS_1" --input-size 144 --val-overlap 32 --batch-size 4 \
-    --warmup-epochs 0.5 --transform.train.random_affine 0.15 --transform.train.random_elastic 6 8 \
-    --val-every 10 ${INIT_FROM:+--init-from "$INIT_FROM"} "$@"
+small='--input-size 144 --val-overlap 32 --batch-size 4
+       --transform.train.random_affine 0.15 --transform.train.random_elastic 6 8'
+train stage1 --data-dir "$DATA_DIR" --epochs "$EPOCHS_1" $small --warmup-epochs 0.5 --val-every 10 \
+    ${INIT_FROM:+--init-from "$INIT_FROM"} "$@"
 
 # 2. the same, while the rate falls to 0
-train stage2 --data-dir "$DATA_DIR" --epochs "$EPOCHS_2" --input-size 144 --val-overlap 32 --batch-size 4 \
-    --lr-schedule cosine --warmup-epochs 0.2 --transform.train.random_affine 0.15 --transform.train.random_elastic 6 8 \
+train stage2 --data-dir "$DATA_DIR" --epochs "$EPOCHS_2" $small --lr-schedule cosine --warmup-epochs 0.2 \
     --val-every 17 --init-from "$SAVE_DIR/stage1/checkpoints/checkpoint.pth.tar" "$@"
 
 # 3. crops and augmentation as published, from larger patches, which leave fewer of their pixels empty
@@ -63,6 +64,6 @@ for tta in $SCORES; do
         --tta "$tta" --amp True --save-dir "$SAVE_DIR/scores_$tta"
     set -- "$@" "$SAVE_DIR/scores_$tta"
 done
-python scripts/export_pretrained.py --run "$SAVE_DIR/stage3" --checkpoint batch_norm --data-dir "$DATA_DIR" \
+python scripts/export_pretrained.py --run "$SAVE_DIR/stage3" --checkpoint batch_norm --data-dir "$DATA_500" \
     --scores "$@" --out "$OUT"
 python scripts/verify_pretrained.py --weights "$OUT" --write

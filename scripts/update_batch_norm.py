@@ -3,8 +3,8 @@
     python scripts/update_batch_norm.py --model-path CHECKPOINT --data-dir DATA --out FILE.pth.tar [--crops 96]
 
 While a network trains, batch norm also averages over what augmentation fills with zeros, far from the colour of any
-tissue, and over weights that still moved. Testing sees neither. The new statistics are the mean over `--crops` random crops
-of training's size, scaled as in training and not changed otherwise, without dropout; the weights stay as they are.
+tissue, and over weights that still moved. Testing sees neither. The new statistics are the mean over `--crops` random
+crops of training's size, scaled as in training and else unchanged, without dropout; the weights stay as they are.
 FILE cannot be resumed, only tested, exported or started from; its best_iou is that of the old statistics, and it has no
 scores.
 """
@@ -30,7 +30,7 @@ BATCH = 4                                             # batches of one size, so 
 
 
 def training_crops(train_set, batch_size):
-    """Yields normalised crops, float (batch_size, 3, H, W), without end: from each image one, then from each another."""
+    """Yields normalised crops, float (batch_size, 3, H, W), without end: of each image one, then of each another."""
     batches = EpochBatches(len(train_set), batch_size, seed=0)
     loader = DataLoader(train_set, batch_sampler=batches, collate_fn=batch_items)
     for epoch in itertools.count():
@@ -64,14 +64,15 @@ def main(argv=None):
     train_set = load_data(opt, 'train', mean_std)
     batch_size = min(BATCH, len(train_set))
     n_batches = -(-args.crops // batch_size)
+    n_crops = n_batches * batch_size
     crops = itertools.islice(training_crops(train_set, batch_size), n_batches)
     update_bn(tqdm(crops, total=n_batches, disable=None), model.to(device), device)
     checkpoint['state_dict'] = {key: value.cpu() for key, value in model.state_dict().items()}
-    checkpoint['optimizer'], checkpoint['batch_norm_crops'] = {}, n_batches * batch_size
+    checkpoint['optimizer'], checkpoint['batch_norm_crops'] = {}, n_crops
     for name in ('raw_state_dict', 'scores'):                         # of the old statistics
         checkpoint.pop(name, None)
     save_checkpoint(args.out, checkpoint)
-    print(f'{args.out}: batch-norm statistics of {n_batches * batch_size} crops')
+    print(f'{args.out}: batch-norm statistics of {n_crops} crops')
 
 
 if __name__ == '__main__':

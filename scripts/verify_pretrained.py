@@ -158,7 +158,8 @@ def card_section(weights, found):
     for scores in shipped['scores']:
         post = ', '.join(f'{name} {value}' for name, value in scores['post'].items())
         lines += ['', f'Scores on `{scores["set"]}`, by which the weights were chosen; TTA {scores["test"]["tta"]}'
-                      + ', --amp True' * scores['test']['amp'] + f'; {post}:', '', f'| image | {" | ".join(COLUMNS.values())} |', '|---' * (1 + len(COLUMNS)) + '|']
+                      + ', --amp True' * scores['test']['amp'] + f'; {post}:', '',
+                  f'| image | {" | ".join(COLUMNS.values())} |', '|---' * (1 + len(COLUMNS)) + '|']
         for name, row in {**scores['images'], 'mean': scores['mean']}.items():
             lines.append(f'| {name} | ' + ' | '.join('' if row[key] is None else f'{row[key]:.4f}' for key in COLUMNS)
                          + ' |')

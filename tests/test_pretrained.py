@@ -280,7 +280,7 @@ def test_the_verification_script(shipped):
 # Batch-norm statistics computed anew
 # ---------------------------------------------------------------------------------------------------
 
-def test_batch_norm_statistics_are_those_of_training_crops_without_augmentation(made, tmp_path, capsys):
+def test_batch_norm_statistics_are_those_of_training_crops_without_augmentation(made, tmp_path):
     path, out = made / 'stage2/checkpoints/checkpoint_best.pth.tar', tmp_path / 'anew.pth.tar'
     words = ['--model-path', str(path), '--data-dir', str(made / 'data'), '--out', str(out), '--crops', '8']
     update_batch_norm.main(words)
