@@ -508,6 +508,19 @@ def load_mean_std(path):
     return check_mean_std(array, path)
 
 
+def load_mean_std_of_run(data_dir, checkpoint, path):
+    """`data_dir`'s mean_std.npy, float64 (2, 3), which must be what the checkpoint read from `path` was trained with.
+
+    Raises InputError if it is of other images. A published checkpoint does not say.
+    """
+    mean_std = load_mean_std(Path(data_dir) / 'mean_std.npy')
+    if 'mean_std' in checkpoint and not np.allclose(mean_std, check_mean_std(checkpoint['mean_std'], path), rtol=0,
+                                                    atol=1e-9):
+        raise InputError(f'{data_dir}/mean_std.npy is not that of {path}, which was trained on other images; give the '
+                         f'--data-dir of its run, or train on these with --init-from')
+    return mean_std
+
+
 def check_mean_std(array, path):
     """`array` as float64 (2, 3) if it is a mean and standard deviation; raises InputError naming `path` if not."""
     try:

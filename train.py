@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataset import DataFolder, EpochBatches, batch_items, check_mean_std, ignore_interrupt, load_mean_std
+from dataset import DataFolder, EpochBatches, batch_items, ignore_interrupt, load_mean_std_of_run
 from loss import VarCELoss
 from my_transforms import get_transforms
 from options import Options, run_of
@@ -52,13 +52,7 @@ def main(argv=None):
                          f'{processes.count}: it counts the crops of all processes together')
 
     # 2. data
-    mean_std = load_mean_std(Path(train['data_dir']) / 'mean_std.npy')
-    if checkpoint and 'mean_std' in checkpoint:
-        before = check_mean_std(checkpoint['mean_std'], train['checkpoint'])
-        if not np.allclose(mean_std, before, rtol=0, atol=1e-9):
-            raise InputError(f'{train["data_dir"]}/mean_std.npy is not that of the run of {train["checkpoint"]}: other '
-                             f'images; give the --data-dir of the run, or start a new one from its weights with '
-                             f'--init-from')
+    mean_std = load_mean_std_of_run(train['data_dir'], checkpoint or {}, train['checkpoint'])
     train_set, val_set = (load_data(opt, split, mean_std) for split in ('train', 'val'))
     if train['preview']:
         return save_preview(train_set, train, mean_std)

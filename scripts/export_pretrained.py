@@ -19,7 +19,7 @@ from skimage.color import rgb2lab
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import list_images, load_mean_std, read_image  # noqa: E402
+from dataset import list_images, load_mean_std_of_run, read_image  # noqa: E402
 from utils import InputError, Parser, load_checkpoint, run_script, save_checkpoint, sha256_of  # noqa: E402
 
 PRIVATE = ('data_dir', 'save_dir', 'checkpoint', 'init_from')            # paths of the machine that trained
@@ -99,10 +99,7 @@ def main(argv=None):
         raise InputError(f'{args.run} is not a run of this train.py: expected options in its checkpoint, and '
                          f'run_info.json')
     info = json.loads((args.run / 'run_info.json').read_text())
-    mean_std = load_mean_std(args.data_dir / 'mean_std.npy')
-    if not np.allclose(mean_std, checkpoint['mean_std'], atol=1e-9):
-        raise InputError(f'{args.data_dir}/mean_std.npy differs from what {args.run} was trained with; give '
-                         f'its --data-dir')
+    load_mean_std_of_run(args.data_dir, checkpoint, path)
     weights = {key: value.float() if value.is_floating_point() else value
                for key, value in checkpoint['state_dict'].items()}
     stages = stages_of(path)

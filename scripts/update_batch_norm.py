@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import EpochBatches, batch_items, check_mean_std  # noqa: E402
+from dataset import EpochBatches, batch_items, load_mean_std_of_run  # noqa: E402
 from options import Options  # noqa: E402
 from train import load_data  # noqa: E402
 from utils import (InputError, Parser, build_model, choose_device, load_checkpoint, load_weights,  # noqa: E402
@@ -56,7 +56,7 @@ def main(argv=None):
     opt = Options(isTrain=True).parse(['--dataset', checkpoint['options']['dataset'], '--data-dir', str(args.data_dir)])
     stored = checkpoint['options']['transform']['train']
     opt.transform['train'] = {name: value for name, value in stored.items() if name in KEPT}
-    mean_std = check_mean_std(checkpoint['mean_std'], args.model_path)
+    mean_std = load_mean_std_of_run(args.data_dir, checkpoint, args.model_path)
 
     device = choose_device('auto')
     model = build_model({**checkpoint['options']['model'], 'drop_rate': 0})

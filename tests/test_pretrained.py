@@ -322,6 +322,9 @@ def test_what_batch_norm_statistics_cannot_be_computed_of(made, tmp_path):
     published = ROOT / 'tests/golden/tiny_checkpoint.pth.tar'
     with pytest.raises(InputError, match='tiny_checkpoint.pth.tar holds no options or no mean_std'):
         update_batch_norm.main([*words, str(published), '--out', str(tmp_path / 'x')])
+    other = make_multi_organ(tmp_path / 'other', n_train=3)
+    with pytest.raises(InputError, match='other/mean_std.npy is not that of .*checkpoint_best.pth.tar, which was'):
+        update_batch_norm.main(['--data-dir', str(other), '--model-path', str(path), '--out', str(tmp_path / 'x')])
 
 
 # ---------------------------------------------------------------------------------------------------

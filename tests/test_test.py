@@ -573,7 +573,7 @@ def test_exported_weights(trained, capsys):
     pixels_of_train = np.concatenate([rgb2lab(pixels(path)).reshape(-1, 3) for path in images])
     assert np.allclose(shipped['lab'], [pixels_of_train.mean(0), pixels_of_train.std(0)])
     assert len(shipped['data_sha256']) == 64 and shipped['hours'] > 0
-    with pytest.raises(InputError, match='mean_std.npy differs from what .*run was trained with'):
+    with pytest.raises(InputError, match='data/mean_std.npy is not that of .*checkpoint_best.pth.tar, which was'):
         np.save(trained / 'data/mean_std.npy', np.ones((2, 3)))
         export_pretrained.main(['--run', str(trained / 'run'), '--data-dir', str(trained / 'data'), '--out', 'x.tar'])
 

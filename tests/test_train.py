@@ -229,7 +229,7 @@ def test_a_run_is_not_resumed_with_other_images(data, tmp_path):
     run(data, tmp_path / 'run')
     words = ['--checkpoint-path', str(tmp_path / 'run/checkpoints/checkpoint.pth.tar'), '--epochs', '2', '--data-dir']
     other = make_multi_organ(tmp_path / 'other', n_train=3)
-    with pytest.raises(InputError, match='other/mean_std.npy is not that of the run of .*: other images'):
+    with pytest.raises(InputError, match='other/mean_std.npy is not that of .*checkpoint.pth.tar, which was'):
         train.main([*words, str(other)])
     shutil.copytree(data, tmp_path / 'copy')
     train.main([*words, str(tmp_path / 'copy')])
