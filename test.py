@@ -27,8 +27,8 @@ from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
                    build_model, choose_device, find_edges, gland_scores_of, inside_mask, load_checkpoint, load_weights,
                    match_objects, nuclei_scores_of, overlap_table, pool, post_process, predict_in_bands,
-                   predict_probabilities, run_script, save_image, save_instances, sha256_of, standard_metrics_of,
-                   write_text)
+                   predict_probabilities, resize_bilinear, run_script, save_image, save_instances, sha256_of,
+                   standard_metrics_of, write_text)
 
 METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
@@ -265,11 +265,11 @@ def resize(image, factor, max_megapixels):
     """The image, uint8 (H, W, 3), with sides `factor` times as long. Raises InputError if that is too large."""
     if factor == 1:
         return image
-    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
-    if size[0] * size[1] > max_megapixels * 1e6:
-        raise InputError(f'--scale-factor {factor:g} makes an image of {size[0]} x {size[1]} pixels, more than '
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    if height * width > max_megapixels * 1e6:
+        raise InputError(f'--scale-factor {factor:g} makes an image of {width} x {height} pixels, more than '
                          f'{max_megapixels:g} megapixels; make it smaller, or --max-megapixels larger')
-    return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+    return resize_bilinear(image, (height, width))
 
 
 def segment_bands(bands, image_shape, post, scale_factor=1):
@@ -437,7 +437,7 @@ def objects_csv(segmentation, inside, matches=None):
     mean_inside_probability is that of the stored map, uint8, resized to the segmentation.
     """
     if inside.shape != segmentation.shape:
-        inside = np.asarray(Image.fromarray(inside).resize(segmentation.shape[::-1], Image.BILINEAR))
+        inside = resize_bilinear(inside, segmentation.shape)
     rows = [[*OBJECT_COLUMNS, *(('matched_id', 'matched_iou') if matches is not None else ())]]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                # objects too small to have a convex hull

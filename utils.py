@@ -762,10 +762,8 @@ def post_process(inside, min_area, radius, original_size=None, h_maxima=0, insid
     mask = remove_small_components(inside, min_area)
     smooth = ndimage.gaussian_filter(inside_map, 1) if h_maxima else None
     if original_size is not None and mask.shape != tuple(original_size):
-        grey = Image.fromarray(mask.astype(np.uint8) * 255)
-        mask = np.array(grey.resize(original_size[::-1], Image.BILINEAR)) > 127.5
-        if h_maxima:
-            smooth = np.array(Image.fromarray(smooth).resize(original_size[::-1], Image.BILINEAR))
+        mask = resize_bilinear(mask * np.uint8(255), original_size) > 127.5
+        smooth = resize_bilinear(smooth, original_size) if h_maxima else None
     label, _ = ndimage.label(mask, np.ones((3, 3)))
     label = label.astype(np.int32, copy=False)
     if not h_maxima:
@@ -774,6 +772,11 @@ def post_process(inside, min_area, radius, original_size=None, h_maxima=0, insid
     label = dilate(parts.copy(), radius)
     np.copyto(label, parts, where=parts > 0)
     return label
+
+
+def resize_bilinear(image, shape):
+    """An image, uint8 (H, W) or (H, W, 3), at the size (H0, W0)."""
+    return np.array(Image.fromarray(image).resize(shape[::-1], Image.BILINEAR))
 
 
 def split_objects(label, inside, h):

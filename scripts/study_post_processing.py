@@ -3,7 +3,7 @@
     python scripts/study_post_processing.py RESULTS --label-dir LABELS [--set val_full] [--out STUDY]
 
 RESULTS: save_dir of test.py with probability maps of nuclei; they must have the size of their images, so not with
---scale-factor. LABELS: their instance labels.
+--scale-factor and not of GlaS. LABELS: their instance labels.
 Writes STUDY.txt and STUDY.json (by default RESULTS/{set}_post_processing). The first row is the published way: class 1
 where it is the most likely one, components under min_area removed, each dilated by radius. Then one change at a time,
 and what a greedy search over all of them finds; it chooses by the mean published AJI of the same images that it is
@@ -90,7 +90,11 @@ def read_maps(results, set_name, label_dir):
     images = {}
     for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
         inside, contour = (np.array(Image.open(folder / f'{name}_prob_{kind}.png')) for kind in ('inside', 'contour'))
-        images[name] = inside, contour, read_instance_label(label, inside.shape)
+        truth = read_instance_label(label)
+        if inside.shape != truth.shape:
+            raise InputError(f'{label} has shape {truth.shape}, and the probability maps of {name} in {folder} have '
+                             f'shape {inside.shape}; expected the same, from test.py without a scale (GlaS has one)')
+        images[name] = inside, contour, truth
     return images
 
 

@@ -223,6 +223,10 @@ def test_what_the_study_cannot_use(results):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels')])
     with pytest.raises(InputError, match='no .*_prob_inside.png in .*other_prob_maps; run test.py first'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'other'])
-    next(Path(results / 'labels').iterdir()).unlink()
+    label = next(Path(results / 'labels').iterdir())
+    save_instances(label, np.ones((160, 180), int))
+    with pytest.raises(InputError, match=r'shape \(160, 180\), and the probability maps of im.* shape \(80, 90\)'):
+        study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
+    label.unlink()
     with pytest.raises(InputError, match='1 instance labels of images missing'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
