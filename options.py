@@ -98,8 +98,8 @@ def float_pair(words):
 # The options
 # ---------------------------------------------------------------------------------------------------
 
-DATASET = Option('MultiOrgan', str, 'data set: layout, metrics and the defaults below (its: --dataset GlaS --help)',
-                 choices=DATASETS)
+DATASET = Option('MultiOrgan', str, 'data set: layout, metrics and the defaults below (those of GlaS: --dataset GlaS '
+                                    '--help)', choices=DATASETS)
 
 MODEL = dict(
     name=Option('FullNet', str, 'network; FCN_pooling is the ablation of the paper', choices=tuple(NETWORKS)),
@@ -144,7 +144,8 @@ TRAIN = dict(
     memory_efficient=Option(False, boolean, 'on the CPU, compute features again in the backward pass'),
     grid_every=Option(5, int, 'epochs between two pictures of the first validation images; 0 = none', at_least=0),
     preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and stop'),
-    amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, half the memory, coarser sums'),
+    amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; less memory, coarser sums, faster where the '
+                               'processor has it (AVX512_BF16, AMX, GPUs)'),
     max_minutes=Option(0.0, float, 'time budget over all resumes, instead of num_epochs; 0 = none', at_least=0),
     checkpoint_minutes=Option(10.0, float, 'minutes between two savings of the latest checkpoint', at_least=0),
 )
@@ -179,7 +180,7 @@ TEST = dict(
     patch_size=Option(by_dataset(208, 0), int, 'pixels: sliding window; 0 = the whole image at once', at_least=0),
     overlap=Option(by_dataset(80, 80), int, 'pixels: overlap of the windows', at_least=0),
     batch_size=Option(0, int, 'windows that the network sees at a time; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
-    amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; faster, probabilities differ by about 0.01'),
+    amp=Option(False, boolean, 'mixed precision, see train.py --help; probabilities differ by about 0.01'),
     overwrite=Option(False, boolean, 'compute images again that were finished with the same options and weights'),
     save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'where the results go, by default into the run of '
                                                                   'the checkpoint'),
@@ -195,8 +196,10 @@ TEST = dict(
 )
 
 POST = dict(
-    min_area=Option(by_dataset(20, 100), int, 'pixels: smaller components are removed', at_least=0),
-    radius=Option(by_dataset(2, 4), int, 'pixels: dilation that gives back the contour', at_least=0),
+    min_area=Option(by_dataset(20, 100), int, 'pixels of what the network saw (scaled, for GlaS): smaller '
+                                           'components are removed', at_least=0),
+    radius=Option(by_dataset(2, 4), int, 'pixels of the image, over scale_factor: dilation that gives back the '
+                                       'contour', at_least=0),
     # not in the published method: off at 0; scripts/study_post_processing.py scores what each gains
     inside_threshold=Option(0.0, float, 'objects are where the inside probability is at least this; 0 = where inside '
                                         'is the most likely class', at_least=0, below=1),
@@ -211,7 +214,7 @@ PREPARE = dict(
     label_dir=Option('', str, 'their instance labels'),
     split=Option('', str, "JSON file {split: [names]} for one's own images"),
     fractions=Option((0.7, 0.15, 0.15), _numbers(3), 'without --split: shares of train, val and test', many=True),
-    others=Option('', str, "split of MoNuSeg images outside the published one; '' = not used",
+    others=Option('', str, "split that MoNuSeg images outside the published one go to; '' = they are left out",
                   choices=('', 'train', 'val', 'test_same', 'test_diff')),
     anchor=Option('auto', str, 'image whose colours the others get: a name in raw_dir or img_dir, or a file; auto = '
                                "the published one for MoNuSeg, else none; '' = none"),
@@ -330,7 +333,7 @@ class Options:
         for group, options in self.groups.items():
             section = parser.add_argument_group(group)
             for name, option in options.items():
-                choices = f' ({", ".join(option.choices)})' if option.choices else ''
+                choices = f' ({", ".join(filter(None, option.choices))})' if option.choices else ''
                 words = dict(nargs='+') if option.many else \
                     dict(nargs='?', const='True') if option.parse is boolean else {}            # --amp means --amp True
                 text = f'{option.help}{choices} [{_show(defaults[group][name])}]'.replace('%', '%%')
@@ -391,7 +394,8 @@ class Options:
                 if value == '' and (group, name) in self.given and name in PATHS:          # "$UNSET" in a shell
                     raise InputError(f"{flag} is ''; expected a path, or leave it out")
                 if option.choices and value not in option.choices:
-                    raise InputError(f"{flag} is '{value}'; expected one of {', '.join(option.choices)}")
+                    raise InputError(f"{flag} is '{value}'; expected one of "
+                                     + ', '.join(choice or "''" for choice in option.choices))
                 if option.at_least is not None and not value >= option.at_least:      # `not >=` also catches NaN
                     raise InputError(f'{flag} is {value}; expected at least {option.at_least}')
                 if option.below is not None and not value < option.below:

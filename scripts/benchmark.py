@@ -9,7 +9,7 @@ Plain is what the published code does: the network's modules one by one with a t
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
 ternary labels, weight maps and metrics; 'plain, channels last' has our loss. The versions take turns in every repeat,
 so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory runs each
-version in a process of its own, and the plain one needs over 17 GB at batch 8. windows shows what larger windows buy;
+version in a process of its own, and the plain one needs about 20 GB at batch 8. windows shows what larger windows buy;
 large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own.
 """
 import argparse

@@ -1,7 +1,8 @@
 #!/bin/sh
-# What --color-norm is worth: the published AJI on val images as MoNuSeg distributes them, without and with it.
-# sh scripts/score_raw_images.sh TIFFS [OPTIONS of test.py]; TIFFS: folder with TCGA-AR-A1AS-01Z-00-DX1.tif, ...
-# DATA_DIR: the prepared data, for the labels. SAVE_DIR: where the results go. MODEL: weights, by default test.py's.
+# What --color-norm is worth: the published AJI on two val images as MoNuSeg distributes them, without and with it.
+# sh scripts/score_raw_images.sh TIFFS [OPTIONS of test.py, such as --tta none]
+# TIFFS: folder with TCGA-AR-A1AS-01Z-00-DX1.tif and TCGA-50-5931-01Z-00-DX1.tif. DATA_DIR: the prepared data, for the
+# labels. SAVE_DIR: where the results go [./experiments/raw_images]. MODEL: weights, by default test.py's.
 set -eu
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH

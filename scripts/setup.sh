@@ -1,4 +1,5 @@
-# Sourced by the other scripts: go to the project's folder, make .venv there once, install requirements.txt into it.
+# Sourced by the other scripts, or run to install only: go to the project's folder, make .venv there once, install
+# requirements.txt into it.
 # Needs Python 3.10 or later; PYTHON=/path/to/python3 chooses one.
 set -eu
 cd "$(dirname "$0")/.."
