@@ -33,7 +33,8 @@ COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc'
            'val_loss', 'val_acc', 'val_iou')
 # What may differ when a run is resumed; anything else would make it two runs in one.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
-              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'grid_every'}
+              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'grid_every', 'preview'}
+OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}  # of a checkpoint of ours
 GRID_IMAGES = 4
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png', 'val_grid.png')
@@ -101,8 +102,8 @@ def main(argv=None):
                 val, pictures = validate(state.validation_model(), val_loader, criterion, train, processes, run, stop)
             is_best = val[2] > state.best_iou
             row = state.finish_epoch(val)
-            run.log_epoch(row)
             run.save_epoch(is_best)
+            run.log_epoch(row)
             if pictures and run.is_grid_due():
                 run.save_grid(pictures)
     processes.end()
@@ -380,7 +381,7 @@ class TrainingState:
             raise InputError(f'{path} holds no epoch, best_iou or optimizer state that fits the network ({error}); '
                              f'start a new run from its weights with --init-from') from error
         self.step = self.epoch * self.steps_per_epoch
-        if 'step' not in checkpoint:                                   # published: its results are in a file only
+        if not OUR_STATE <= checkpoint.keys():                         # published: its results are in a file only
             run = run_of(path)
             if run:
                 self.history = read_results(Path(run, 'epoch_results.txt'), self.epoch)
@@ -391,7 +392,7 @@ class TrainingState:
             self.total_steps = checkpoint['total_steps']
         self.meter.sum, self.meter.count = (np.array(values) for values in checkpoint['meter'])
         self.seconds_before = checkpoint['minutes'] * 60
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and checkpoint.get('loss_scale'):  # none: a run without amp so far
             self.scaler.load_state_dict(checkpoint['loss_scale'])
 
 
@@ -406,6 +407,8 @@ def take_options_of_run(opt, checkpoint):
                          f'start a new run from its weights with --init-from')
     stored = checkpoint.get('options')
     if not stored:                                                     # published: options.py decides
+        if opt.train['init_from']:
+            raise InputError('--init-from and --checkpoint-path both give weights to start from; leave one out')
         return
     if ('', 'dataset') in opt.given and opt.dataset != stored['dataset']:
         refuse_change('dataset', opt.dataset, stored['dataset'], path)
@@ -475,6 +478,13 @@ class Run:
             for name in RUN_FILES:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        latest = folder / 'checkpoints' / 'checkpoint.pth.tar'
+        allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given           # now, not when it began
+        if resumes and epochs_of(latest) > state.epoch and not allowed:
+            self.lock.release()
+            raise InputError(f'{opt.train["checkpoint"]} has {state.epoch} epochs, and the run in {folder} went on to '
+                             f'{epochs_of(latest)}, which would be overwritten; resume from {latest}, choose another '
+                             f'--save-dir, or give --overwrite True')
         self.begin(folder)
         self.last_saved, self.last_grid = time.monotonic(), state.epoch
 
@@ -495,7 +505,7 @@ class Run:
         log.setLevel(logging.INFO)
         log.propagate = False
         log.addHandler(logging.StreamHandler())
-        log.addHandler(logging.FileHandler(folder / 'train.log', encoding='utf-8'))
+        log.addHandler(LogFile(folder / 'train.log', encoding='utf-8'))
         self.write_results()
         self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
 
@@ -518,10 +528,9 @@ class Run:
         """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
         packages = {name: importlib.metadata.version(name)
                     for name in ('torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'Pillow')}
-        git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
         files = {str(path): sha256_of(path)
                  for dataset in datasets for item in dataset.items for path in item}
-        info = {'python': platform.python_version(), 'packages': packages, 'commit': git.stdout.strip() or None,
+        info = {'python': platform.python_version(), 'packages': packages, 'commit': git_commit(Path(__file__).parent),
                 'seed': self.opt.train['seed'], 'files': files}
         self.info = json.dumps(info, indent=1) + '\n'
         write_text(self.folder / 'run_info.json', self.info)
@@ -580,15 +589,23 @@ class Run:
     def latest(self):
         return self.checkpoints / 'checkpoint.pth.tar'
 
-    def save_latest(self):
+    def save_latest(self, *copies):
+        """The latest checkpoint, and before it `copies`, file names: a resume repeats an epoch that lacks one."""
         self.stay()
         checkpoint = self.state.as_checkpoint()
         checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
+        if not all(value.isfinite().all() for value in checkpoint['state_dict'].values()):
+            raise InputError(f'the weights are no longer finite after {self.state.epoch} epochs and {self.state.batch} '
+                             f'steps; {self.last_good()}; try a lower --lr, or --clip-grad 1')
         try:
-            save_checkpoint(self.latest, checkpoint)
+            first, *others = [self.checkpoints / name for name in copies] + [self.latest]
+            save_checkpoint(first, checkpoint)
+            for path in others:
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(first, temporary)
         except OSError as error:
             if not self.lock.is_in_place():                            # the folder was moved in this very moment
-                return self.save_latest()
+                return self.save_latest(*copies)
             raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then go on '
                              f'with: python train.py --checkpoint-path {self.latest}') from error
         self.last_saved = time.monotonic()
@@ -600,11 +617,8 @@ class Run:
 
     def save_epoch(self, is_best):
         """The latest checkpoint, and copies of it: every `checkpoint_freq` epochs, and the best."""
-        self.save_latest()
-        names = [f'checkpoint_{self.state.epoch}'] if self.state.epoch % self.opt.train['checkpoint_freq'] == 0 else []
-        for name in names + ['checkpoint_best'] * is_best:
-            with atomic_path(self.checkpoints / f'{name}.pth.tar') as temporary:
-                shutil.copyfile(self.latest, temporary)
+        kept = self.state.epoch % self.opt.train['checkpoint_freq'] == 0
+        self.save_latest(*[f'checkpoint_{self.state.epoch}.pth.tar'] * kept, *['checkpoint_best.pth.tar'] * is_best)
 
     def last_good(self):
         return f'the last good checkpoint is {self.latest}' if self.latest.is_file() else 'nothing was saved before'
@@ -616,6 +630,32 @@ class Run:
     def save_and_say_how_to_go_on(self):
         self.save_latest()
         log.info(f'stopped; go on with: python train.py --checkpoint-path {self.latest}')
+
+
+class LogFile(logging.FileHandler):
+    """A log on a full disk is an error like others, not a traceback for each line."""
+
+    def handleError(self, record):
+        raise
+
+
+def epochs_of(path):
+    """How many epochs a run had done when it saved this checkpoint; 0 if there is none that can be read."""
+    try:
+        return int(load_checkpoint(path)['epoch'])
+    except (InputError, KeyError, TypeError, ValueError):
+        return 0
+
+
+def git_commit(folder):
+    """The commit of the code in `folder`; None without git, or where that is not the top of a repository."""
+    try:
+        git = subprocess.run(['git', 'rev-parse', '--show-toplevel', 'HEAD'], cwd=folder, capture_output=True,
+                             text=True)
+    except OSError:
+        return None
+    top, _, commit = git.stdout.strip().partition('\n')
+    return commit if git.returncode == 0 and Path(top).resolve() == folder.resolve() else None
 
 
 class Onlooker(contextlib.nullcontext):

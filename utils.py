@@ -399,13 +399,18 @@ class Processes:
 
     @contextlib.contextmanager
     def watched(self, advice):
-        """Raises InputError, which ends with `advice()`, where another process ended in the block."""
+        """Raises InputError, which ends with `advice()`, where in the block another process ended or a disk is full."""
         try:
             yield
         except RuntimeError as error:
             if self.count == 1 or not re.search('gloo|nccl|connection', str(error), re.IGNORECASE):
                 raise
             raise InputError(f'process {self.rank}: another process of this run ended; {advice()}') from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(f'no space left on the disk while writing {error.filename or "a file"}; make room; '
+                             f'{advice()}') from error
 
 
 class MixedPrecision:
@@ -419,7 +424,8 @@ class MixedPrecision:
         if enabled and device.type == 'mps':
             raise InputError('--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it out')
         self.device, self.enabled = device, enabled and device.type == 'cuda'
-        self.dtype = torch.bfloat16 if not self.enabled or torch.cuda.is_bf16_supported() else torch.float16
+        bfloat16 = not self.enabled or torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
 
     def autocast(self):

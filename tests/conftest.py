@@ -8,10 +8,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'scripts')]
-os.environ.setdefault('OMP_NUM_THREADS', '1')     # of the programs that tests start: the networks here are tiny, and
-                                                  # threads would only wait for each other
+
+# the networks here are tiny: threads would only wait for each other
+torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')     # of the programs that tests start
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    torch.set_num_threads(1)                      # whatever the test before has set
+    """Whatever a test sets, the next one starts with one thread."""
+    yield
+    torch.set_num_threads(1)

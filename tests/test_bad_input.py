@@ -1311,15 +1311,15 @@ def test_the_run_folder_goes_away_while_training(here, prepared, undisturbed, mo
                                                  minutes):
     """Training goes on in a complete new folder and says so; what was moved stays whole, what replaced it untouched.
 
-    minutes: 0 = what is saved next is a checkpoint within the epoch; 10 = the results of the epoch.
+    minutes: 0 = what is saved next is a checkpoint within the epoch; 10 = the one at its end.
     """
-    save_epoch, before = train.Run.save_epoch, set(os.listdir())
+    log_epoch, before = train.Run.log_epoch, set(os.listdir())
 
-    def then(run, is_best):
-        save_epoch(run, is_best)
+    def then(run, row):
+        log_epoch(run, row)
         if run.state.epoch == 1:
             happens(here / 'run')
-    monkeypatch.setattr(train.Run, 'save_epoch', then)
+    monkeypatch.setattr(train.Run, 'log_epoch', then)
     train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', 'run', '--epochs', '2', '--checkpoint-minutes',
                 minutes])
 

@@ -1,4 +1,5 @@
 """Training through its command line: what is written, what every option changes, exact resume, what is refused."""
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import test
 import train
+import utils
 from options import TRAIN, Options
 from utils import InputError, MixedPrecision, load_checkpoint
 
@@ -234,6 +236,63 @@ def test_a_run_is_not_resumed_with_other_images(data, tmp_path):
     shutil.copytree(data, tmp_path / 'copy')
     train.main([*words, str(tmp_path / 'copy')])
     assert load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 2
+
+
+def test_the_later_part_of_a_run_is_not_overwritten_unless_asked(base, data, tmp_path):
+    shutil.copytree(base[2], tmp_path / 'run')
+    checkpoints = tmp_path / 'run/checkpoints'
+    shutil.copy(checkpoints / 'checkpoint.pth.tar', checkpoints / 'first.pth.tar')
+    latest = checkpoints / 'checkpoint.pth.tar'
+    two, rows = run(data, tmp_path / 'run', '--epochs', '2', '--checkpoint-path', str(latest), small=False)
+    words = ['--checkpoint-path', str(checkpoints / 'first.pth.tar'), '--epochs', '2', '--data-dir', str(data)]
+    with pytest.raises(InputError, match='first.pth.tar has 1 epochs, and the run in .*run went on to 2, which would'):
+        train.main(words)
+    assert results(tmp_path / 'run') == rows
+    train.main([*words, '--save-dir', str(tmp_path / 'other')])
+    train.main([*words, '--overwrite', 'True'])
+    for name in ('other', 'run'):
+        assert same_weights(load_checkpoint(tmp_path / name / 'checkpoints/checkpoint.pth.tar'), two)
+
+
+def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(base, data, tmp_path, monkeypatch):
+    """Whatever is written then: the resumed run has the files of the undisturbed one."""
+    words = ['--epochs', '2', '--checkpoint-freq', '1']
+    whole, rows = run(data, tmp_path / 'whole', *words)
+    names = sorted(path.name for path in (tmp_path / 'whole/checkpoints').iterdir())
+    for name in ('checkpoint_2.pth.tar', 'checkpoint.pth.tar', 'epoch_results.txt', 'learning_curve.png'):
+        folder, atomic_path = tmp_path / name, utils.atomic_path
+        latest = folder / 'checkpoints/checkpoint.pth.tar'
+
+        def full(path):
+            if Path(path).name == name and latest.is_file():                          # from the second epoch on
+                raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+            return atomic_path(path)
+        with monkeypatch.context() as patch, pytest.raises(InputError, match='make room.* go on with: .*--checkpoint'):
+            patch.setattr(utils, 'atomic_path', full)
+            patch.setattr(train, 'atomic_path', full)
+            run(data, folder, *words)
+        resumed, again = run(data, folder, '--checkpoint-path', str(latest), small=False)
+        assert same_weights(resumed, whole) and again == rows
+        assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == names
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, monkeypatch):
+    finish_epoch = train.TrainingState.finish_epoch
+
+    def spoil(state, val):
+        if state.epoch == 1:
+            state.model.conv2.weight.data[0, 0] = math.nan
+        return finish_epoch(state, val)
+    monkeypatch.setattr(train.TrainingState, 'finish_epoch', spoil)
+    with pytest.raises(InputError, match='weights are no longer finite after 2 epochs and 0 steps; the last good'):
+        run(data, tmp_path / 'run', '--epochs', '2')
+    assert load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
+
+
+def test_without_git_there_is_no_commit(data, tmp_path, monkeypatch):
+    assert train.git_commit(tmp_path) is None and train.git_commit(ROOT / 'tests') is None
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert train.git_commit(ROOT) is None
 
 
 def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
