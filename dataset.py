@@ -52,7 +52,7 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
         slide = next((n for n in names if Path(n).suffix.lower() in WHOLE_SLIDE_EXTENSIONS), None)
         raise InputError(f'no images in {folder}: looked for {" ".join(extensions)}, '
                          f'saw {", ".join(names[:5]) or "an empty folder"}' + (f'; {WHOLE_SLIDE}' if slide else ''))
-    others = [n for n in names if folder / n not in paths]
+    others = [n for n in names if Path(n).suffix.lower() not in extensions]
     if name_others and others:
         note(f'{len(others)} files in {folder} are not images and are skipped: ' + ', '.join(others[:5])
              + ', ...' * (len(others) > 5))
@@ -354,11 +354,15 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
     maximum = label.max(initial=0)
     if maximum == 0:
         note(f'{path.name}: the label has no object')
-    elif maximum == 255 and not ((label > 0) & (label < 255)).any():
-        if not binary_labels:
+    elif (label[label > 0] == maximum).all():                              # one value: one object, or a mask
+        parts, n_parts = ndimage.label(label, np.ones((3, 3)))
+        if binary_labels:
+            return parts.astype(np.int32)
+        if maximum == 255:
             raise InputError(f'{path} holds only 0 and 255, a mask rather than one id per object; '
                              f'give --binary-labels to take each 8-connected component as one object')
-        label = ndimage.label(label, np.ones((3, 3)))[0].astype(np.int32)
+        if n_parts > 1:
+            note(f'{path.name}: one object in {n_parts} pieces; if it is a mask of several, give --binary-labels True')
     return label
 
 
@@ -471,7 +475,8 @@ class DataFolder(torch.utils.data.Dataset):
                 raise InputError(missing_files_message('partners of images', missing, folder)
                                  + '; run prepare_data.py again')
             expected = {item[k].name for item in self.items}
-            unmatched = [p.name for p in sorted(Path(folder).glob(f'*_{post_fix[k - 1]}')) if p.name not in expected]
+            unmatched = [p.name for p in sorted(Path(folder).glob(f'[!.]*_{post_fix[k - 1]}'))
+                         if p.name not in expected]
             if unmatched:
                 raise InputError(f'{len(unmatched)} files in {folder} have no image in {dir_list[0]}: '
                                  + ', '.join(unmatched[:5]))

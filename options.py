@@ -192,7 +192,7 @@ TEST = dict(
     scale_factor=Option(1.0, float, 'enlarge images before the network sees them: 2 for a scan at 20x, trained at 40x',
                         at_least=0.01),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
-    binary_labels=Option(False, boolean, '0/255 masks as labels: their 8-connected components are the objects'),
+    binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
 )
 
@@ -225,7 +225,7 @@ PREPARE = dict(
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),
     seed=Option(2019, int, 'seed of a split that is drawn', at_least=0, below=2 ** 63),
-    binary_labels=Option(False, boolean, '0/255 masks as labels: their 8-connected components are the objects'),
+    binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
     workers=Option(1, int, 'processes that prepare images at the same time', at_least=1),
@@ -365,7 +365,7 @@ class Options:
         """Fill in what depends on other options: {dataset}, {run} and {epoch} in paths, input_size in transforms."""
         for group in self.groups:
             values = getattr(self, group)
-            run = self._run_number() if group in ('train', 'test') else None
+            run = self._run_number(values.get('epoch')) if group in ('train', 'test') else None
             for name, value in values.items():
                 if isinstance(value, str) and (group, name) not in self.given:
                     values[name] = value.format(dataset=self.dataset, run=run, epoch=values.get('epoch'))
@@ -381,12 +381,17 @@ class Options:
         if self.script == 'test' and ('test', 'model_path') in self.given and ('test', 'save_dir') not in self.given:
             self.test['save_dir'] = results_folder(self.test['model_path'], self.dataset)
 
-    def _run_number(self):
-        """Training takes the next free number in ./experiments/{dataset}, testing the newest (1 if there is none)."""
+    def _run_number(self, epoch):
+        """Training takes the next free number in ./experiments/{dataset}, testing the newest that has the checkpoint.
+
+        Where none has it, the newest; 1 if there is none.
+        """
         folder = Path('experiments') / self.dataset
         numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-        newest = max(numbers, default=0)
-        return newest + 1 if self.script == 'train' else max(newest, 1)
+        if self.script == 'train':
+            return max(numbers, default=0) + 1
+        saved = [n for n in numbers if (folder / str(n) / 'checkpoints' / f'checkpoint_{epoch}.pth.tar').is_file()]
+        return max(saved or numbers, default=1)
 
     def _check(self):
         for group, options in self.groups.items():
@@ -409,6 +414,9 @@ class Options:
         if self.script == 'train' and self.train['val_overlap'] >= self.train['input_size']:
             raise InputError(f'--val-overlap is {self.train["val_overlap"]}; expected less than '
                              f'--input-size, {self.train["input_size"]}')
+        if self.script == 'train' and self.train['lr_schedule'] == 'onecycle' and self.train['warmup_epochs']:
+            raise InputError(f'--warmup-epochs is {self.train["warmup_epochs"]:g}, but --lr-schedule onecycle has a '
+                             f'warm-up of its own; leave it out')
         if self.script == 'test' and 0 < self.test['patch_size'] <= self.test['overlap']:
             raise InputError(f'--overlap is {self.test["overlap"]}; expected less than '
                              f'--patch-size, {self.test["patch_size"]}')

@@ -339,6 +339,8 @@ def find_multi_organ(raw_dir, anchor='auto', others=''):
     if all((raw_dir / name).exists() for name in ('normalized', 'labels_instance', 'split.json')):
         if anchor not in ('auto', ''):
             raise InputError(f'{raw_dir} holds images whose colours are normalised already; leave --anchor out')
+        if others:
+            raise InputError(f'{raw_dir} has a split of its own, split.json; leave --others out')
         return find_fullnet_files(raw_dir)
     if any(path.suffix.lower() == '.xml' for path in _files_below(raw_dir)):
         return find_monuseg(raw_dir, anchor, others)
@@ -738,7 +740,8 @@ def _keys(source, settings, files, size):
     image = [sha256_of(source.image), settings.scale_16bit, colours]
     label = [sha256_of(source.label), settings.binary_labels, size]
     weight = [*label, settings.w0, settings.sigma]
-    depends = {'image': image, 'instance': label, 'ternary': label, 'weight': weight, 'preview': [image, weight]}
+    preview_of = [image, weight, 'weight' in files]                          # of train and val it shows more
+    depends = {'image': image, 'instance': label, 'ternary': label, 'weight': weight, 'preview': preview_of}
     return {kind: hashlib.sha256(json.dumps([RESULT_VERSION, depends[kind], settings.patch_size,
                                              [[file.path.as_posix(), file.corner] for file in files[kind]]]
                                             ).encode()).hexdigest() for kind in files}

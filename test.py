@@ -153,6 +153,8 @@ def segment(image, checkpoint, *words):
 def parse_options(argv=None):
     """The options, and the checkpoint that they name, which knows its data set and network if it is of ours."""
     opt = Options(isTrain=False).parse(argv)
+    if {('test', 'epoch'), ('test', 'model_path')} <= opt.given:
+        raise InputError('--epoch chooses a checkpoint of a run, and --model-path names a checkpoint; leave one out')
     take_pretrained_if_untrained(opt)
     checkpoint = load_checkpoint(opt.test['model_path'])
     stored = checkpoint.get('options', {}).get('dataset')
@@ -203,6 +205,12 @@ def take_model_of_checkpoint(opt, checkpoint):
             raise InputError(f'--{name.replace("_", "-")} is {opt.model[name]}, but {opt.test["model_path"]} was '
                              f'trained with {value}; leave it out')
         opt.model[name] = value
+    validation = stored.get('transform', {}).get('val', opt.transform['test'])
+    for name in ('scale', 'normalize'):
+        value, before = (values.get(name, 'none') for values in (opt.transform['test'], validation))
+        if value != before and opt.dataset == stored['dataset'] and ('transform.test', name) not in opt.given:
+            note(f'{name} is {value} here, and was {before} in the validation of {opt.test["model_path"]}; '
+                 f'--transform.test.{name} {before} tests as validation did')
 
 
 def find_mean_std(opt, checkpoint):

@@ -1070,6 +1070,7 @@ def test_training_without_mean_std(data):
     ('train', ['--dilations', '3', '--n-layers', '6'], ['--dilations, --n-layers', '3']),
     ('train', ['--dilations', '0'], ['--dilations is 0', 'at least 1']),
     ('train', ['--dilations', '1', 'x'], ["--dilations is '1 x'"]),
+    ('train', ['--lr-schedule', 'onecycle', '--warmup-epochs', '2'], ['--warmup-epochs is 2', 'warm-up of its own']),
     ('train', ['--lr-schedule', 'step'], ["--lr-schedule is 'step'", 'none, cosine, onecycle']),
     ('train', ['--name', 'UNet'], ["--name is 'UNet'", 'FullNet']),
     ('train', ['--seed', '99999999999999999999'], ['--seed']),

@@ -268,6 +268,13 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
         read_instance_label(tmp_path / 'mask.png')
     assert read_instance_label(tmp_path / 'mask.png', binary_labels=True).tolist() == \
         [[1, 0, 0], [0, 1, 0], [0, 0, 0], [2, 0, 0]]
+    for one in (np.uint8(1), np.True_):                                  # masks of 0 and 1, and of one bit
+        Image.fromarray((np.eye(3)[[0, 2]] > 0) * one).save(tmp_path / 'one.png')
+        with pytest.warns(UserWarning, match='one.png: one object in 2 pieces; .* give --binary-labels True'):
+            assert read_instance_label(tmp_path / 'one.png').tolist() == [[1, 0, 0], [0, 0, 1]]
+        assert read_instance_label(tmp_path / 'one.png', binary_labels=True).tolist() == [[1, 0, 0], [0, 0, 2]]
+    Image.fromarray(IDS.astype(np.uint8)).save(tmp_path / 'ids.png')
+    assert (read_instance_label(tmp_path / 'ids.png', binary_labels=True) == IDS).all()
 
 
 @pytest.mark.parametrize('name, make, message', [
@@ -326,6 +333,8 @@ def test_missing_and_unmatched_partners_are_named(folders):
     with pytest.raises(InputError, match='1 partners of images missing in .*weights: x_1_weight.png; run prepare_data'):
         DataFolder(folders, POST_FIX, [3, 1, 3])
     Image.new('L', (20, 16)).save(folders[1] / 'x_1_weight.png')
+    (folders[1] / '._x_1_weight.png').write_bytes(b'macOS')                              # copied there with the files
+    DataFolder(folders, POST_FIX, [3, 1, 3])
     Image.new('L', (20, 16)).save(folders[1] / 'z_weight.png')
     with pytest.raises(InputError, match='1 files in .*weights have no image in .*images: z_weight.png'):
         DataFolder(folders, POST_FIX, [3, 1, 3])

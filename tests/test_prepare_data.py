@@ -571,7 +571,7 @@ def test_a_changed_input_and_a_damaged_output_are_done_again(fullnet_files, tmp_
 
 def test_an_image_that_moves_to_another_split_leaves_nothing_behind(fullnet_files, tmp_path):
     prepare_nuclei(fullnet_files, tmp_path / 'out')
-    (fullnet_files / 'split.json').write_text(json.dumps({'train': ['Breast_A', 'Breast_C'], 'val': ['Liver_B']}))
+    (fullnet_files / 'split.json').write_text(json.dumps({'train': ['Breast_A', 'Colon_E'], 'val': ['Liver_B']}))
     prepare_nuclei(fullnet_files, tmp_path / 'out')
     prepare_nuclei(fullnet_files, tmp_path / 'anew')
     assert contents(tmp_path / 'out') == contents(tmp_path / 'anew')

@@ -386,7 +386,12 @@ def test_defaults_find_the_newest_run_and_the_epoch(images, tmp_path):
         test_script.main([*TINY[2:], '--img-dir', str(images / 'set'), '--data-dir', str(images), '--tta', 'none',
                           '--epoch', epoch])
         assert (tmp_path / 'experiments' / 'MultiOrgan' / '3' / epoch / 'set_segmentation').is_dir()
-    with pytest.raises(InputError, match='no checkpoint at .*3/checkpoints/checkpoint_7.pth.tar'):
+    (tmp_path / 'experiments/MultiOrgan/4/checkpoints').mkdir(parents=True)                    # has just begun
+    test_script.main([*TINY[2:], '--img-dir', str(images / 'set'), '--data-dir', str(images), '--tta', 'none'])
+    assert not (tmp_path / 'experiments/MultiOrgan/4/best').exists()
+    with pytest.raises(InputError, match='--epoch chooses a checkpoint of a run, and --model-path names a checkpoint'):
+        test_script.main([*TINY, '--img-dir', str(images / 'set'), '--epoch', '20'])
+    with pytest.raises(InputError, match='no checkpoint at .*4/checkpoints/checkpoint_7.pth.tar'):
         test_script.main([*TINY[2:], '--img-dir', str(images / 'set'), '--epoch', '7'])
 
 
@@ -498,6 +503,21 @@ def test_our_checkpoints_know_their_data_set(images, tmp_path, own_checkpoint):
     image = pixels(images / 'set' / 'a.png')
     ids, probabilities = test_script.segment(image, 'gland.pth.tar', '--tta', 'none', '--gpu', 'cpu')
     assert min(probabilities.shape[:2]) == 208 and (ids == tifffile.imread('glands/set_segmentation/a_seg.tiff')).all()
+
+
+@pytest.mark.parametrize('validation, words, said', [
+    ({'scale': 64, 'normalize': True}, [], 'scale is none here, and was 64 in the validation of own.pth.tar; '
+                                           '--transform.test.scale 64 tests as validation did'),
+    ({}, [], 'normalize is True here, and was none in the validation'),
+    ({'scale': 64, 'normalize': True}, ['--transform.test.scale', '64'], None),
+    ({'normalize': True, 'label_encoding': 1}, [], None)])
+def test_other_transforms_than_in_validation_are_named(images, tmp_path, own_checkpoint, recwarn, validation, words,
+                                                       said):
+    own_checkpoint['options']['transform'] = {'val': validation}
+    torch.save(own_checkpoint, tmp_path / 'own.pth.tar')
+    test_script.parse_options(['--model-path', 'own.pth.tar', '--img-dir', str(images / 'set'), *words])
+    notes = [str(warning.message) for warning in recwarn if 'validation' in str(warning.message)]
+    assert len(notes) == (said is not None) and all(said in text for text in notes)
 
 
 def test_a_flag_that_contradicts_our_checkpoint_is_refused(images, own_checkpoint):

@@ -395,7 +395,7 @@ def test_num_epochs_cannot_change_under_a_schedule(data, tmp_path):
 def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data, tmp_path):
     stored = torch.load(base[2] / 'checkpoints' / 'checkpoint.pth.tar', weights_only=True)
     published = {key: stored[key] for key in ('epoch', 'state_dict', 'best_iou', 'optimizer')}
-    torch.save(published, tmp_path / 'published.pth.tar')
+    torch.save({**published, 'step': 2}, tmp_path / 'published.pth.tar')              # as a fork of it may have
     checkpoint, rows = run(data, tmp_path / 'run', '--checkpoint-path', str(tmp_path / 'published.pth.tar'),
                            '--epochs', '2', '--weight-decay', '0.5')
     assert checkpoint['epoch'] == 2 and [row['epoch'] for row in rows] == [2]
@@ -416,6 +416,9 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
         train.main(words)
     assert table.read_text() == 'no table\n1\n'
 
+    with pytest.raises(InputError, match='--init-from and --checkpoint-path both give weights'):
+        run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'), '--init-from',
+            str(base[2] / 'checkpoints/checkpoint.pth.tar'))
     torch.save({**published, 'optimizer': {}}, tmp_path / 'published.pth.tar')
     with pytest.raises(InputError, match='holds no optimizer state, .* with --init-from'):
         run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'))
