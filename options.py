@@ -282,7 +282,6 @@ class Options:
 
     def __init__(self, isTrain=True, script=None):
         self.script = script or ('train' if isTrain else 'test')
-        self.isTrain = isTrain
         self.groups = SCRIPT_GROUPS[self.script]
         self.dataset_flags = ('--dataset', '--like') if self.script == 'prepare' else ('--dataset',)
         self.given = set()

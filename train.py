@@ -56,7 +56,7 @@ def main(argv=None):
     mean_std = load_mean_std_of_run(train['data_dir'], checkpoint or {}, train['checkpoint'])
     train_set, val_set = (load_data(opt, split, mean_std) for split in ('train', 'val'))
     if train['preview']:
-        return save_preview(train_set, train, mean_std)
+        return save_preview(train_set, train, mean_std if opt.transform['train'].get('normalize') else None)
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=train['workers'],
                               persistent_workers=train['workers'] > 0, worker_init_fn=ignore_interrupt,
@@ -266,9 +266,11 @@ def save_preview(dataset, train, mean_std, n=8):
 
 
 def as_picture(image, mean_std):
-    """uint8 (H, W, 3) of a normalised image, float (3, H, W)."""
-    mean, std = (torch.as_tensor(values, dtype=torch.float32)[:, None, None] for values in mean_std)
-    return ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    """uint8 (H, W, 3) of an image, float (3, H, W), which was normalised by mean_std, or, if that is None, was not."""
+    if mean_std is not None:
+        mean, std = (torch.as_tensor(values, dtype=torch.float32)[:, None, None] for values in mean_std)
+        image = image * std + mean
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def class_colours(classes):
@@ -578,7 +580,8 @@ class Run:
 
     def save_grid(self, pictures):
         """val_grid.png, also for TensorBoard: image, target, probabilities (red, green, blue), prediction in a row."""
-        grid = tile([[as_picture(image, self.mean_std), class_colours(target),
+        mean_std = self.mean_std if self.opt.transform['val'].get('normalize') else None
+        grid = tile([[as_picture(image, mean_std), class_colours(target),
                       (probabilities[[1, 2, 0]] * 255).round().byte().permute(1, 2, 0).numpy(),
                       class_colours(probabilities.argmax(0))] for image, target, probabilities in pictures])
         save_image(self.folder / 'val_grid.png', grid)

@@ -169,6 +169,9 @@ def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsy
     labels = [train.class_colours(dataset[i, opt.train['seed'], 0][2][0]) for i in range(4)]
     shown = [sheet[y:y + 40, 44:84] for y in range(0, 176, 44)]
     assert all(any(np.array_equal(a, b) for b in labels) for a in shown)
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'colours'), '--preview',
+                '--transform.train.normalize', 'none'])                                # shown in the same colours
+    assert np.abs(sheet.astype(int) - np.asarray(Image.open(tmp_path / 'colours_preview.png'))).max() <= 1
 
 
 def test_pooling_network(data, tmp_path):
