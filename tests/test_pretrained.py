@@ -235,8 +235,8 @@ def run_sh(name, *words, root=ROOT, **environment):
 def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path, monkeypatch):
     data = add_val_full(make_multi_organ(tmp_path / 'data', n_train=2, size=212))
     run, out = tmp_path / 'a run', tmp_path / 'shipped/w.pth.tar'
-    settings = dict(DATA_DIR=str(data), SAVE_DIR=str(run), OUT=str(out), SCORES='none', DATA_500=str(data),
-                    EPOCHS_1='1', EPOCHS_2='1', EPOCHS_3='1')
+    settings = dict(DATA_DIR=str(data), SAVE_DIR=str(run), OUT=str(out), SCORES='none best', DATA_500=str(data),
+                    **{f'EPOCHS_{i}': '1' for i in range(1, 5)})
     words = [*TINY, '--workers', '0', '--val-every', '1', '--gpu', 'cpu']
     (run / 'stage1').mkdir(parents=True)
     (run / 'stage1/train.log').write_text('killed before its first checkpoint')
@@ -244,9 +244,11 @@ def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path, monkeyp
     assert done.returncode == 0, done.stderr
     weights = load_checkpoint(out)
     assert [(stage['train']['input_size'], stage['train']['lr_schedule']) for stage in weights['stages']] == [
-        (144, 'none'), (144, 'cosine'), (208, 'cosine')]
+        (144, 'none'), (144, 'cosine'), (208, 'cosine'), (208, 'cosine')]
     assert weights['batch_norm_crops'] == 96 and '96 training crops' in (out.parent / 'README.md').read_text()
-    assert weights['scores'][0]['set'] == 'val_full' and (out.parent / 'expected.json').is_file()
+    assert [(scores['set'], scores['test']['tta'], scores['post']['h_maxima']) for scores in weights['scores']] == [
+        ('val_full', 'none', 0), ('val_full', 'none', 0.1)]
+    assert (out.parent / 'expected.json').is_file()
     assert sha256_of(out) in (out.parent / 'README.md').read_text()
 
     # started again: python only writes down what it is asked to do
@@ -257,9 +259,9 @@ def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path, monkeyp
     shutil.copytree(ROOT / 'scripts', tmp_path / 'elsewhere/scripts')                   # where no .venv comes first
     assert run_sh('train_pretrained.sh', *words, root=tmp_path / 'elsewhere', **settings).returncode == 0
     calls = [call.split('\n') for call in (tmp_path / 'calls').read_text().strip('\n').split('\n\n')]
-    assert [Path(call[0]).stem for call in calls] == [*['train'] * 3, 'update_batch_norm', 'test', 'export_pretrained',
-                                                      'verify_pretrained']
-    for stage, call in zip(('stage1', 'stage2', 'stage3'), calls):
+    assert [Path(call[0]).stem for call in calls] == [*['train'] * 4, 'update_batch_norm', 'test', 'test',
+                                                      'export_pretrained', 'verify_pretrained']
+    for stage, call in zip(('stage1', 'stage2', 'stage3', 'stage4'), calls):
         latest = run / stage / 'checkpoints/checkpoint.pth.tar'
         assert call[call.index('--checkpoint-path') + 1] == str(latest)
         before = latest.read_bytes()
