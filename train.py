@@ -482,11 +482,12 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         latest = folder / 'checkpoints' / 'checkpoint.pth.tar'
         allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given           # now, not when it began
-        if resumes and epochs_of(latest) > state.epoch and not allowed:
+        done = epochs_of(latest) if resumes and not allowed else 0
+        if done > state.epoch:
             self.lock.release()
             raise InputError(f'{opt.train["checkpoint"]} has {state.epoch} epochs, and the run in {folder} went on to '
-                             f'{epochs_of(latest)}, which would be overwritten; resume from {latest}, choose another '
-                             f'--save-dir, or give --overwrite True')
+                             f'{done}, which would be overwritten; resume from {latest}, choose another --save-dir, or '
+                             f'give --overwrite True')
         self.begin(folder)
         self.last_saved, self.last_grid = time.monotonic(), state.epoch
 

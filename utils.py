@@ -57,6 +57,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f'{message} (see python {self.prog} --help)')
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def run_script(main):
     """Run `main()` as a program and exit with 0 (done), 2 (the user can mend it), 130 / 143 (SIGINT / SIGTERM).
 
@@ -85,9 +88,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _exit_with(2, f'error: no space left on the disk while writing {error.filename or "a file"}; '
-                          f'free some space and run the same command again')
+        if error.errno in DISK_FULL:
+            _exit_with(2, f'error: {no_space(error)}; free some space and run the same command again')
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
                            errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
             _exit_with(2, f'error: {error.strerror}: {error.filename}')
@@ -100,6 +102,11 @@ def run_script(main):
         raise
     except KeyboardInterrupt:
         _exit_with(130, 'interrupted')
+
+
+def no_space(error):
+    """What an OSError with an errno of DISK_FULL says."""
+    return f'no space left on the disk while writing {error.filename or "a file"}'
 
 
 class StopRequest:
@@ -407,10 +414,9 @@ class Processes:
                 raise
             raise InputError(f'process {self.rank}: another process of this run ended; {advice()}') from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 raise
-            raise InputError(f'no space left on the disk while writing {error.filename or "a file"}; make room; '
-                             f'{advice()}') from error
+            raise InputError(f'{no_space(error)}; make room; {advice()}') from error
 
 
 class MixedPrecision:

@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'scripts')]
 
 # the networks here are tiny: threads would only wait for each other
 torch.set_num_threads(1)
-os.environ.setdefault('OMP_NUM_THREADS', '1')     # of the programs that tests start
+os.environ['OMP_NUM_THREADS'] = '1'               # of the programs that tests start
 
 
 @pytest.fixture(autouse=True)

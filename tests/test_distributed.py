@@ -18,7 +18,7 @@ from utils import InputError, choose_device, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(ROOT)}
 # train.py without batch statistics, which are each process's own on the CPU; keeps the gradients of all steps
 FROZEN = '''
 import os, sys

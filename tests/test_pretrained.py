@@ -229,7 +229,7 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
 def run_sh(name, *words, root=ROOT, **environment):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     return subprocess.run(['sh', str(root / 'scripts' / name), *words], capture_output=True, text=True,
-                          env={**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', **environment})
+                          env={**os.environ, 'PATH': path, **environment})
 
 
 def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path, monkeypatch):
