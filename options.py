@@ -221,6 +221,8 @@ PREPARE = dict(
                                "the published one for MoNuSeg, else none; '' = none"),
     sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the weight between two objects', at_least=1e-3),
     w0=Option(10.0, float, 'largest weight between two objects', at_least=0),
+    ternary_radius=Option(by_dataset(1, 2), int, "pixels: the contour of ternary labels reaches so far to both sides of "
+                                                 'an edge', at_least=1),
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),

@@ -26,6 +26,7 @@ from xml.parsers import expat
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 from skimage.color import lab2rgb, rgb2lab
 from skimage.draw import polygon
 from skimage.measure import label as connected_regions
@@ -159,35 +160,35 @@ def save_instance_label(path, label):
 # Ternary labels
 # ---------------------------------------------------------------------------------------------------
 
-def ternary_label(instance_label):
+def ternary_label(instance_label, radius=1):
     """Inside / contour / background of an instance label, as an RGB image.
 
-    instance_label: int (H, W), 0 = background. Per object, with a 3x3 cross: inside = erosion, contour = dilation minus
-    erosion; then OR over the objects. Erosion does not eat in from the image border. Returns uint8 (H, W, 3): red 255 =
-    inside, green 255 = contour, blue 255 = neither.
+    instance_label: int (H, W), 0 = background. Per object, with the 3x3 cross applied `radius` times (a diamond):
+    inside = erosion, contour = dilation minus erosion; then OR over the objects. Erosion does not eat in from the image
+    border. Returns uint8 (H, W, 3): red 255 = inside, green 255 = contour, blue 255 = neither.
 
-    One pass does for all objects: a pixel is inside if its four neighbours have its id, and in an object's dilation if
-    it or a neighbour has an id. Inside one object it cannot be in another's dilation, so exactly one channel is 255.
+    One pass does for all objects: a pixel is inside if all ids in the diamond around it are its own, and in an object's
+    dilation if one of them is not 0. Inside one object it cannot be in another's dilation, so exactly one channel is
+    255. The published function has radius 1; the authors' own GlaS labels have radius 2, so this is the default there.
     """
-    padded = np.pad(np.asarray(instance_label), 1, mode='edge')
-    centre = padded[1:-1, 1:-1]
-    inside = centre != 0
-    dilated = centre != 0
-    for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-        inside &= neighbour == centre
-        dilated |= neighbour != 0
+    instance_label = np.asarray(instance_label)
+    diamond = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), radius)
+    lowest = ndimage.minimum_filter(instance_label, footprint=diamond, mode='nearest')
+    highest = ndimage.maximum_filter(instance_label, footprint=diamond, mode='nearest')
+    inside, dilated = (lowest == highest) & (lowest > 0), highest > 0
     return np.stack([inside, dilated & ~inside, ~dilated], axis=-1).astype(np.uint8) * 255
 
 
-def create_ternary_labels(data_dir, save_dir, binary_labels=False):
-    """Write the ternary label of every instance label in `data_dir`: `{name}_label.png`.
+def create_ternary_labels(data_dir, save_dir, binary_labels=False, radius=1):
+    """Write the ternary label of every instance label in `data_dir`: `{name}_label.png`. radius: 1, GlaS 2.
 
     GlaS labels keep their name: `train_8_anno.bmp` gives `train_8_anno.bmp`.
     """
     refuse_same_folder(data_dir, save_dir)
     for name, path in tqdm(labels_by_name(data_dir).items(), desc='ternary labels', disable=None):
         file_name = f'{name}.bmp' if name.endswith('_anno') else f'{name}_label.png'
-        save_image(Path(save_dir) / file_name, ternary_label(read_instance_label(path, binary_labels=binary_labels)))
+        label = read_instance_label(path, binary_labels=binary_labels)
+        save_image(Path(save_dir) / file_name, ternary_label(label, radius))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -566,6 +567,7 @@ class Settings(NamedTuple):
     dataset: str
     sigma: float
     w0: float
+    ternary_radius: int
     patch_size: int
     binary_labels: bool
     scale_16bit: tuple | None
@@ -587,8 +589,9 @@ def prepare(dataset, options):
     for name in ('img_dir', 'label_dir') if options['img_dir'] else ('raw_dir',):
         _refuse_writing_into(name, Path(options[name]), data_dir)
     sources = find_sources(dataset, options)
-    settings = Settings(dataset, options['sigma'], options['w0'], options['patch_size'], options['binary_labels'],
-                        options['scale_16bit'], options['max_megapixels'], fit_anchor(sources, options))
+    settings = Settings(dataset, options['sigma'], options['w0'], options['ternary_radius'], options['patch_size'],
+                        options['binary_labels'], options['scale_16bit'], options['max_megapixels'],
+                        fit_anchor(sources, options))
     planned = set()
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         height, width = image_size(source.image, settings.max_megapixels)
@@ -713,7 +716,7 @@ def prepare_source(source, data_dir, settings):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         image, label = read_source(source, settings)
-        arrays = {'image': image, 'instance': label, 'ternary': ternary_label(label)}
+        arrays = {'image': image, 'instance': label, 'ternary': ternary_label(label, settings.ternary_radius)}
         if source.split in ('train', 'val'):
             arrays['weight'] = encode_weight_map(weight_map(label, settings.w0, settings.sigma))
     arrays['preview'] = preview(arrays)
@@ -739,9 +742,10 @@ def _keys(source, settings, files, size):
     colours = None if normalizer is None else [normalizer.mean.tolist(), normalizer.std.tolist()]
     image = [sha256_of(source.image), settings.scale_16bit, colours]
     label = [sha256_of(source.label), settings.binary_labels, size]
+    ternary = [*label, settings.ternary_radius]
     weight = [*label, settings.w0, settings.sigma]
-    preview_of = [image, weight, 'weight' in files]                          # of train and val it shows more
-    depends = {'image': image, 'instance': label, 'ternary': label, 'weight': weight, 'preview': preview_of}
+    preview_of = [image, ternary, weight, 'weight' in files]                 # of train and val it shows more
+    depends = {'image': image, 'instance': label, 'ternary': ternary, 'weight': weight, 'preview': preview_of}
     return {kind: hashlib.sha256(json.dumps([RESULT_VERSION, depends[kind], settings.patch_size,
                                              [[file.path.as_posix(), file.corner] for file in files[kind]]]
                                             ).encode()).hexdigest() for kind in files}
@@ -891,14 +895,19 @@ def make_report(parts, records, mean_std):
 
 
 def count_grades(raw_dir, parts):
-    """{'grades': {split: {grade: images}}} from GlaS's Grade.csv (name, patient, grade, ...), if there is one."""
+    """{'grades': {split: {grade: images}}} from GlaS's Grade.csv, if there is one: columns name and grade..."""
     paths = [path for path in _files_below(raw_dir) if path.name.lower() == 'grade.csv']
     if not paths:
         return {}
     with open(paths[0], newline='', encoding='utf-8-sig', errors='replace') as file:
-        grades = {row[0].strip(): row[2].strip() for row in csv.reader(file) if len(row) > 2}
+        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file)] or [[]]
+    columns = [next((i for i, title in enumerate(header) if title.lower().startswith(start)), None)
+               for start in ('name', 'grade')]
+    grades = {}
+    if None not in columns:
+        grades = {row[columns[0]]: row[columns[1]] for row in rows if len(row) == len(header)}
     if not any(name in grades for names in parts.values() for name in names):
-        note(f'{paths[0]} names none of the images; expected lines of name, patient, grade')
+        note(f'{paths[0]} names none of the images; expected the columns name and grade, found {", ".join(header)}')
         return {}
     counts = {part: [grades.get(name, 'unknown') for name in names] for part, names in parts.items()}
     return {'grades': {part: {grade: found.count(grade) for grade in sorted(set(found))}

@@ -21,9 +21,9 @@ import prepare_data
 import train
 from dataset import read_image, read_instance_label
 from options import Options
-from prepare_data import (MULTI_ORGAN_SPLIT, Reinhard_normalizer, color_norm, compute_mean_std, count_objects,
-                          create_ternary_labels, draw_split, find_glas, instance_label_from_xml, main, patch_positions,
-                          save_instance_label, split_patches, ternary_label)
+from prepare_data import (MULTI_ORGAN_SPLIT, Reinhard_normalizer, color_norm, compute_mean_std, count_grades,
+                          count_objects, create_ternary_labels, draw_split, find_glas, instance_label_from_xml, main,
+                          patch_positions, save_instance_label, split_patches, ternary_label)
 from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
 from utils import InputError, save_image, save_instances
 from weight_map import create_weight_maps, encode_weight_map, weight_map
@@ -63,15 +63,15 @@ def pixels(path):
 # Ternary labels
 # ---------------------------------------------------------------------------------------------------
 
-def slow_ternary_label(instance_label):
-    """One erosion and one dilation of the whole image per object."""
+def slow_ternary_label(instance_label, radius=1):
+    """Erosion and dilation of the whole image by the cross, `radius` times, for each object."""
     inside = np.zeros(instance_label.shape, bool)
     contour = np.zeros(instance_label.shape, bool)
     for object_id in np.unique(instance_label[instance_label > 0]):
         mask = instance_label == object_id
-        eroded = ndimage.binary_erosion(mask, CROSS, border_value=1)
+        eroded = ndimage.binary_erosion(mask, CROSS, radius, border_value=1)
         inside |= eroded
-        contour |= ndimage.binary_dilation(mask, CROSS) & ~eroded
+        contour |= ndimage.binary_dilation(mask, CROSS, radius) & ~eroded
     assert not (inside & contour).any()
     return np.stack([inside, contour, ~(inside | contour)], axis=-1) * np.uint8(255)
 
@@ -80,18 +80,20 @@ def test_ternary_label_golden(golden):
     assert np.array_equal(ternary_label(golden['instance']), golden['ternary'])
 
 
+@pytest.mark.parametrize('radius', [1, 2, 5])
 @pytest.mark.parametrize('seed', range(8))
-def test_ternary_label_equals_the_slow_version(seed):
-    label = random_label(seed)
-    ternary = ternary_label(label)
-    assert ternary.dtype == np.uint8 and np.array_equal(ternary, slow_ternary_label(label))
+def test_ternary_label_equals_the_slow_version(seed, radius):
+    label = random_label(seed)                                         # objects touch, and lie at the border
+    ternary = ternary_label(label, radius)
+    assert ternary.dtype == np.uint8 and np.array_equal(ternary, slow_ternary_label(label, radius))
 
 
 @settings(max_examples=150, deadline=None)
-@given(arrays(np.uint16, st.tuples(st.integers(1, 8), st.integers(1, 8)), elements=st.sampled_from([0, 1, 2, 65535])))
-def test_ternary_label_equals_the_slow_version_on_any_small_label(label):
-    ternary = ternary_label(label)
-    assert np.array_equal(ternary, slow_ternary_label(label))
+@given(arrays(np.uint16, st.tuples(st.integers(1, 8), st.integers(1, 8)), elements=st.sampled_from([0, 1, 2, 65535])),
+       st.integers(1, 3))
+def test_ternary_label_equals_the_slow_version_on_any_small_label(label, radius):
+    ternary = ternary_label(label, radius)
+    assert np.array_equal(ternary, slow_ternary_label(label, radius))
     assert (ternary.astype(int).sum(axis=-1) == 255).all()
 
 
@@ -103,10 +105,10 @@ def test_create_ternary_labels_names(tmp_path):
     nuclei, glands = random_label(0) % 300, random_label(1) % 50
     save_image(tmp_path / 'in' / 'Liver_1_label.png', nuclei.astype(np.uint16))
     save_image(tmp_path / 'in' / 'train_8_anno.bmp', glands.astype(np.uint8))
-    create_ternary_labels(tmp_path / 'in', tmp_path / 'out')
+    create_ternary_labels(tmp_path / 'in', tmp_path / 'out', radius=2)
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['Liver_1_label.png', 'train_8_anno.bmp']
-    assert np.array_equal(pixels(tmp_path / 'out/Liver_1_label.png'), ternary_label(nuclei))
-    assert np.array_equal(pixels(tmp_path / 'out/train_8_anno.bmp'), ternary_label(glands))
+    assert np.array_equal(pixels(tmp_path / 'out/Liver_1_label.png'), ternary_label(nuclei, 2))
+    assert np.array_equal(pixels(tmp_path / 'out/train_8_anno.bmp'), ternary_label(glands, 2))
     save_image(tmp_path / 'in' / 'Liver_1.png', glands.astype(np.uint8))
     with pytest.raises(InputError, match='Liver_1.png and Liver_1_label.png in .* are labels of one image; keep one'):
         create_ternary_labels(tmp_path / 'in', tmp_path / 'again')
@@ -536,6 +538,7 @@ def test_files_of_others_are_refused_and_stay(fullnet_files, tmp_path):
 
 @pytest.mark.parametrize('options, changed', [
     (['--sigma', '3'], {'weight_maps', 'records'}), (['--w0', '3'], {'weight_maps', 'records'}),
+    (['--ternary-radius', '2'], {'labels', 'records'}),
     (['--patch-size', '290'], {'images', 'labels', 'weight_maps', 'records', 'labels_instance'})])
 def test_changed_options_redo_what_depends_on_them(fullnet_files, tmp_path, monkeypatch, options, changed):
     out = tmp_path / 'out'
@@ -966,7 +969,7 @@ def test_glas_gives_the_whole_layout(glas, tmp_path):
     label = gland_label(0)
     assert np.array_equal(pixels(out / f'images/{part}/train_1.bmp'), random_image(0, 90, 120))
     assert np.array_equal(pixels(out / f'labels_instance/{part}/train_1_anno.bmp'), label)
-    assert np.array_equal(pixels(out / f'labels/{part}/train_1_anno.bmp'), ternary_label(label))
+    assert np.array_equal(pixels(out / f'labels/{part}/train_1_anno.bmp'), ternary_label(label, 2))
     assert np.array_equal(pixels(out / f'weight_maps/{part}/train_1_anno_weight.png'),
                           encode_weight_map(weight_map(label, 10.0, 20.0)))
     assert np.array_equal(np.load(out / 'mean_std.npy'), compute_mean_std(glas / f'{n}.bmp' for n in train + val))
@@ -977,9 +980,14 @@ def test_glas_grades_are_counted(glas, tmp_path):
     grades = json.loads((tmp_path / 'out/prepare_report.json').read_text())['grades']
     assert grades['testA'] == {'benign': 1, 'malignant': 1} and grades['testB'] == {'malignant': 1}
     assert grades['train'] == {'unknown': 4}
-    (glas / 'Grade.csv').write_text('x\n')
-    with pytest.warns(UserWarning, match='Grade.csv names none of the images; expected lines of name, patient, grade'):
-        prepare_glands(glas.parent, tmp_path / 'out')
+    (glas / 'Grade.csv').write_text('grade , patient ID,name\n malignant,1,testA_1 \n')     # in any order
+    prepare_glands(glas.parent, tmp_path / 'out')
+    grades = json.loads((tmp_path / 'out/prepare_report.json').read_text())['grades']
+    assert grades['testA'] == {'malignant': 1, 'unknown': 1}
+    for text in ('', 'x\n', 'name,grade\nothers_1,benign\n'):
+        (glas / 'Grade.csv').write_text(text)
+        with pytest.warns(UserWarning, match='Grade.csv names none of the images; expected the columns name and grade'):
+            prepare_glands(glas.parent, tmp_path / 'out')
 
 
 def test_glas_split_is_seeded(tmp_path):
@@ -1023,6 +1031,25 @@ def test_published_multi_organ_data(tmp_path):
     one = 'Kidney_TCGA-HE-7130-01Z-00-DX1.png'
     assert np.array_equal(read_image(tmp_path / 'out/images/val_full' / one),
                           read_image(REAL / 'MultiOrgan/normalized' / one))
+
+
+@needs_real_data
+def test_authors_files_of_a_gland_image():
+    instances = read_instance_label(REAL / 'GlaS/train_8_anno.bmp')
+    assert np.array_equal(ternary_label(instances, 2), pixels(REAL / 'reference/train_8_anno.bmp'))
+    assert (ternary_label(instances, 1) != pixels(REAL / 'reference/train_8_anno.bmp')).any(axis=2).sum() == 9360
+    weights = encode_weight_map(weight_map(instances, 10.0, 20.0))
+    assert np.array_equal(weights, pixels(REAL / 'reference/train_8_anno_weight.png'))
+
+
+@needs_real_data
+def test_published_glas_data():
+    sources = find_glas(REAL / 'GlaS', 0.2, 2019)
+    assert [sum(source.split == part for source in sources) for part in ('train', 'val')] == [68, 17]
+    published = [[0.78780321, 0.5120167, 0.78493782], [0.16766301, 0.24838048, 0.13225162]]
+    assert np.abs(compute_mean_std(source.image for source in sources) - published).max() <= 1e-8
+    grades = count_grades(REAL / 'GlaS', {'train': [source.name for source in sources]})['grades']
+    assert grades == {'train': {'benign': 37, 'malignant': 48}}
 
 
 @needs_real_data
