@@ -68,6 +68,8 @@ def main(argv=None):
     # 1. options, network
     opt, checkpoint = parse_options(argv)
     test = opt.test
+    if isinstance(checkpoint.get('licence'), str) and checkpoint['licence']:
+        print(f'licence of {test["model_path"]}: {ascii(" ".join(checkpoint["licence"].split()))[1:-1][:300]}')
     processes = Processes(test['gpu'])
     device = processes.device
     normalizer = find_normalizer(opt, checkpoint)

@@ -1,7 +1,7 @@
 """Make a file of weights to ship from a training run.
 
     python scripts/export_pretrained.py --run RUN --data-dir DATA --out FILE.pth.tar [--checkpoint best]
-        [--scores RESULTS ...]
+        [--scores RESULTS ...] [--licence TEXT]
 
 It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe of
 every stage (a run that started from another one's weights has two), a fingerprint of the data, the commit, the hours,
@@ -90,6 +90,7 @@ def main(argv=None):
     parser.add_argument('--checkpoint', default='best',
                         help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
+    parser.add_argument('--licence', default='', help='of the weights, as that of their data asks; test.py names it')
     parser.add_argument('--out', type=Path, required=True, help='the file to write, such as pretrained/mine.pth.tar')
     args = parser.parse_args(argv)
     ending = '' if args.checkpoint == 'latest' else f'_{args.checkpoint}'
@@ -105,7 +106,7 @@ def main(argv=None):
     stages = stages_of(path)
     save_checkpoint(args.out, {
         'epoch': checkpoint['epoch'], 'state_dict': weights, 'mean_std': checkpoint['mean_std'],
-        'best_iou': float(checkpoint['best_iou']), 'optimizer': {},
+        'best_iou': float(checkpoint['best_iou']), 'optimizer': {}, 'licence': args.licence,
         'options': {'dataset': checkpoint['options']['dataset'], 'model': checkpoint['options']['model'],
                     'train': stages[-1]['train'], 'transform': stages[-1]['transform']},
         'lab': lab_statistics(list_images(args.data_dir / 'images' / 'train')),

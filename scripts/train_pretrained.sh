@@ -74,5 +74,7 @@ for scored in $SCORES; do
     set -- "$@" "$SAVE_DIR/scores_$scored"
 done
 python scripts/export_pretrained.py --run "$SAVE_DIR/stage4" --checkpoint batch_norm --data-dir "$DATA_500" \
+    --licence 'CC BY-NC-SA 4.0, the licence of the MoNuSeg images (Kumar et al., IEEE TMI 2017): non-commercial use,
+attribution, share alike; see pretrained/LICENSE' \
     --scores "$@" --out "$OUT"
 python scripts/verify_pretrained.py --weights "$OUT" --write

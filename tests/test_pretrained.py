@@ -349,5 +349,6 @@ def test_the_shipped_weights(tmp_path, monkeypatch, capsys):
     (tmp_path / 'images').mkdir()
     Image.fromarray(verify_pretrained.test_images()['demo'][0][:96, :96]).save('images/a.png')
     test_script.main(['--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
-    assert 'taking the weights that come with the code' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'taking the weights that come with the code' in printed and printed.count('CC BY-NC-SA 4.0') == 1
     assert len(list(Path('experiments/MultiOrgan/FullNet_MultiOrgan').rglob('a_seg.tiff'))) == 1

@@ -580,7 +580,7 @@ def trained(tmp_path):
     data = make_multi_organ(tmp_path / 'data')
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')])
     export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(data), '--out',
-                            str(tmp_path / 'pretrained/weights.pth.tar')])
+                            str(tmp_path / 'pretrained/weights.pth.tar'), '--licence', 'for us\nonly'])
     return tmp_path
 
 
@@ -592,7 +592,7 @@ def test_exported_weights(trained, capsys):
     images = (trained / 'data/images/train').iterdir()
     pixels_of_train = np.concatenate([rgb2lab(pixels(path)).reshape(-1, 3) for path in images])
     assert np.allclose(shipped['lab'], [pixels_of_train.mean(0), pixels_of_train.std(0)])
-    assert len(shipped['data_sha256']) == 64 and shipped['hours'] > 0
+    assert len(shipped['data_sha256']) == 64 and shipped['hours'] > 0 and shipped['licence'] == 'for us\nonly'
     with pytest.raises(InputError, match='data/mean_std.npy is not that of .*checkpoint_best.pth.tar, which was'):
         np.save(trained / 'data/mean_std.npy', np.ones((2, 3)))
         export_pretrained.main(['--run', str(trained / 'run'), '--data-dir', str(trained / 'data'), '--out', 'x.tar'])
