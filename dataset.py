@@ -1,6 +1,7 @@
 """Reading images, labels and folders of them; the training set of (image, weight map, label)."""
 import atexit
 import io
+import itertools
 import logging
 import multiprocessing
 import signal
@@ -9,12 +10,14 @@ import warnings
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.io import loadmat
 
+from loss import label_instances
 from utils import InputError, check_name
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
@@ -501,6 +504,9 @@ class DataFolder(torch.utils.data.Dataset):
             return Image.fromarray(read_image(path))
         image = open_image(path)
         decode(image, path)
+        if image.mode not in ('L', 'P'):
+            raise InputError(f'{path} has colour mode {image.mode}; expected a weight map of 8-bit grey; run '
+                             f'prepare_data.py again')
         return image
 
 
@@ -544,28 +550,36 @@ def check_mean_std(array, path):
 
 
 def batch_items(items):
-    """A batch of the items of a DataFolder. Raises InputError if their images differ in size."""
+    """A batch of items of a DataFolder, in as few bytes as possible for its way to a GPU.
+
+    items: list of (image, weight map, label) tensors, each (channels, H, W). Returns image, float32 (B, 3, H, W);
+    weight, uint8 (B, H, W), 20 times the weight; target, uint8 (B, H, W), classes; instances, int32 (B, H, W),
+    `label_instances` of the target. Raises InputError if the images differ in size.
+    """
     sizes = {tuple(item[0].shape[-2:]) for item in items}
     if len(sizes) > 1:
         raise InputError('images of a batch differ in size, ' + ' and '.join(f'{w} x {h}' for h, w in sorted(sizes))
                          + ' pixels; crop them with --transform.train.random_crop, or use --batch-size 1')
-    return torch.utils.data.default_collate(items)
+    image, weight, label = torch.utils.data.default_collate(items)
+    target = label[:, 0].byte()
+    return image, weight[:, 0].byte(), target, label_instances(target)
 
 
 class EpochBatches(torch.utils.data.Sampler):
-    """Shuffled batches of the keys (index, seed, epoch) of a DataFolder; the last one may be short.
+    """Shuffled batches of the keys (index, seed, epoch) of a DataFolder, epoch after epoch without end.
 
-    The order is a function of (seed, epoch), so that training can start again in the middle of an epoch, and with
-    another number of processes: the process of number `rank` among `count` yields its share of each batch.
+    The last batch of an epoch may be short. The order is a function of (seed, epoch), so that training can start again
+    in the middle of an epoch, and with another number of processes: the process of number `rank` among `count` yields
+    its share of each batch. Loader processes need not wait at the end of an epoch.
     """
 
     def __init__(self, n_images, batch_size, seed, rank=0, count=1):
         self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
         self.rank, self.count = rank, count
-        self.set_position(0, 0)
+        self.start_at(0, 0)
 
-    def set_position(self, epoch, batch):
-        """What the next iteration yields: the batches of `epoch` from number `batch` on."""
+    def start_at(self, epoch, batch):
+        """Let the next iteration begin with batch number `batch` of this epoch."""
         self.epoch, self.first = epoch, batch
 
     def batch(self, epoch, k):
@@ -579,12 +593,19 @@ class EpochBatches(torch.utils.data.Sampler):
         return len(range(self.rank, size, self.count)), size
 
     def __len__(self):
+        """Batches of one epoch."""
         return -(-self.n_images // self.batch_size)
 
     def __iter__(self):
-        for k in range(self.first, len(self)):
-            keys = self.batch(self.epoch, k)
+        for step in itertools.count(self.epoch * len(self) + self.first):
+            keys = self.batch(*divmod(step, len(self)))
             yield keys[self.rank::self.count] or keys[:1]          # without a share, one that does not count
+
+
+def start_loader(worker):
+    """What a loader process does first: OpenCV in one thread (torch has one there already), and no Ctrl-C."""
+    cv2.setNumThreads(1)
+    ignore_interrupt(worker)
 
 
 def ignore_interrupt(worker):

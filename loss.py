@@ -11,11 +11,11 @@ EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 def label_instances(target):
     """Instances of each image: 8-connected components of `target == 1`.
 
-    target: (B, H, W) int tensor of classes. Returns (B, H, W) int64 on the same device, 0 = no instance.
+    target: (B, H, W) int tensor of classes. Returns (B, H, W) int32 on the same device, 0 = no instance.
     """
     inside = (target == 1).cpu().numpy()
     labels = np.stack([ndimage.label(image, EIGHT_CONNECTED)[0] for image in inside])
-    return torch.from_numpy(labels.astype(np.int64)).to(target.device)
+    return torch.from_numpy(labels.astype(np.int32)).to(target.device)
 
 
 def weighted_cross_entropy(logits, target, weight):
@@ -39,24 +39,23 @@ class LossVariance(nn.Module):
 
         Returns a scalar tensor, zero (and differentiable) where there is no instance of two or more pixels.
         """
-        batch_size = len(prob_maps)
-        image, y, x = torch.nonzero(instances, as_tuple=True)               # (P,) pixels inside an instance
-        probs = prob_maps[image, :, y, x]                                   # (P, C)
-        # number the instances of the whole batch from 0, whatever their ids
-        ids = instances[image, y, x].long()
-        stride = ids.max() + 1 if len(ids) else 1
-        owner = torch.unique(image * stride + ids, return_inverse=True)[1]  # (P,) instance of each pixel
-        n_instances = int(owner.max()) + 1 if len(owner) else 0
+        # Sorted by id, the pixels of an instance lie together, behind the background. All shapes are known beforehand,
+        # so that a GPU never waits for the number of instances.
+        ids, order = instances.flatten(1).sort(dim=1)                                               # (B, P)
+        is_first = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & (ids > 0)
+        owner = is_first.cumsum(1)                              # (B, P), 0 = background, else 1 ... N_b
+        n_instances = owner[:, -1].to(prob_maps.dtype)          # (B,)
 
-        sizes = torch.bincount(owner, minlength=n_instances).to(probs.dtype)[:, None]                   # (I, 1)
-        means = probs.new_zeros(n_instances, probs.shape[1]).index_add(0, owner, probs) / sizes         # (I, C)
-        squares = (probs - means[owner]) ** 2                                                           # (P, C)
-        variances = torch.zeros_like(means).index_add(0, owner, squares) / (sizes - 1).clamp(min=1)     # (I, C)
-
-        image_of = torch.zeros(n_instances, dtype=torch.long, device=probs.device).index_copy(0, owner, image)
-        counts = torch.bincount(image_of, minlength=batch_size).to(probs.dtype)                         # (B,)
-        per_image = probs.new_zeros(batch_size).index_add(0, image_of, variances.sum(1))
-        return (per_image / (counts + 1e-8)).mean()
+        B, C, P = prob_maps.flatten(2).shape
+        owner = owner[:, None].expand(B, C, P)
+        probs = prob_maps.flatten(2).gather(2, order[:, None].expand(B, C, P))                      # (B, C, P)
+        zeros = probs.new_zeros(B, C, P + 1)                    # P + 1 owners are possible
+        sizes = zeros[:, :1].scatter_add(2, owner[:, :1], torch.ones_like(probs[:, :1]))            # (B, 1, P + 1)
+        means = zeros.scatter_add(2, owner, probs) / sizes.clamp(min=1)
+        squares = (probs - means.gather(2, owner)) ** 2                                             # (B, C, P)
+        variances = zeros.scatter_add(2, owner, squares) / (sizes - 1).clamp(min=1)
+        per_image = variances[:, :, 1:].sum((1, 2))                                                 # (B,)
+        return (per_image / (n_instances + 1e-8)).mean()
 
 
 class VarCELoss(nn.Module):
@@ -70,10 +69,14 @@ class VarCELoss(nn.Module):
         self.alpha = alpha
         self.variance = LossVariance()
 
-    def forward(self, logits, target, weight):
-        """logits: (B, 3, H, W); target: (B, H, W) int64; weight: (B, H, W), 1 to 11 -> (loss, CE, variance term)."""
+    def forward(self, logits, target, weight, instances=None):
+        """logits: (B, 3, H, W); target: (B, H, W) int64; weight: (B, H, W), 1 to 11 -> (loss, CE, variance term).
+
+        instances: (B, H, W) int, `label_instances(target)`, if the caller has them already.
+        """
         loss_ce = weighted_cross_entropy(logits, target, weight)
         if self.alpha == 0:
             return loss_ce, loss_ce, logits.new_tensor(-1.0)
-        loss_var = self.variance(F.softmax(logits, dim=1), label_instances(target))
+        instances = label_instances(target) if instances is None else instances
+        loss_var = self.variance(F.softmax(logits, dim=1), instances)
         return loss_ce + self.alpha * loss_var, loss_ce, loss_var

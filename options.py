@@ -67,6 +67,13 @@ def gpu_list(words):
     return [int(word) for word in separated]
 
 
+def workers_count(word):
+    """A number of processes, or `auto`."""
+    if word != 'auto' and not word.isdigit():
+        raise ValueError('expected a whole number of at least 0, or auto')
+    return word if word == 'auto' else int(word)
+
+
 def int_tuple(words):
     return tuple(int(word) for word in ' '.join(words).replace(',', ' ').split())
 
@@ -124,7 +131,8 @@ TRAIN = dict(
     lr=Option(by_dataset(1e-3, 5e-4), float, "Adam's learning rate", at_least=0),
     weight_decay=Option(1e-4, float, "Adam's L2 decay", at_least=0),
     log_interval=Option(50, int, 'steps between two lines of the log', at_least=1),
-    workers=Option(2, int, 'processes that load data; 0 loads in the training process', at_least=0),
+    workers=Option('auto', workers_count, 'processes that load data; 0 loads in the training process; auto fits '
+                                          'the machine'),
     gpu=Option('auto', gpu_list, 'GPU, such as 0; with torchrun one for each process, such as 0,1 (01 means the same); '
                                  'cpu; auto', many=True),
     alpha=Option(1.0, float, 'weight of the variance term of varCE; 0 = cross entropy only', at_least=0),
@@ -138,6 +146,7 @@ TRAIN = dict(
     lr_schedule=Option('none', str, 'learning rate over the steps', choices=('none', 'cosine', 'onecycle')),
     warmup_epochs=Option(0.0, float, 'epochs of linear warm-up, for none and cosine', at_least=0),
     clip_grad=Option(0.0, float, 'largest norm of the gradient; 0 = not clipped', at_least=0),
+    compile=Option(False, boolean, 'torch.compile the network: faster steps on CUDA, after a minute of compiling'),
     ema_decay=Option(0.0, float, 'average the weights, such as 0.999, and validate the average; 0 = off',
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),
@@ -221,7 +230,7 @@ PREPARE = dict(
                                "the published one for MoNuSeg, else none; '' = none"),
     sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the weight between two objects', at_least=1e-3),
     w0=Option(10.0, float, 'largest weight between two objects', at_least=0),
-    ternary_radius=Option(by_dataset(1, 2), int, "pixels: the contour of ternary labels reaches so far to both sides of "
+    ternary_radius=Option(by_dataset(1, 2), int, 'pixels: the ternary label is contour up to this far on both sides of '
                                                  'an edge', at_least=1),
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',

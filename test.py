@@ -27,8 +27,8 @@ from prepare_data import Reinhard_normalizer
 from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, OverlapTable, Processes, accuracy_pixel_level,
                    build_model, choose_device, find_edges, gland_scores_of, inside_mask, load_checkpoint, load_weights,
                    match_objects, nuclei_scores_of, overlap_table, pool, post_process, predict_in_bands,
-                   predict_probabilities, resize_bilinear, run_script, save_image, save_instances, sha256_of,
-                   standard_metrics_of, write_text)
+                   predict_probabilities, put_on, resize_bilinear, run_script, save_image, save_instances,
+                   sha256_of, standard_metrics_of, windows_at_once, write_text)
 
 METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
@@ -231,7 +231,7 @@ def load_model(opt, checkpoint, device):
     """The network with the checkpoint's weights, ready to test."""
     model = build_model(opt.model)
     load_weights(model, checkpoint['state_dict'], opt.model, opt.test['model_path'])
-    return model.set_mode('auto', amp=opt.test['amp']).to(device).eval()
+    return put_on(device, model.set_mode('auto', amp=opt.test['amp'])).eval()
 
 
 def probability_bands(model, opt, mean_std, device, image):
@@ -244,7 +244,7 @@ def probability_bands(model, opt, mean_std, device, image):
         params['normalize'] = mean_std
     scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
-    batch_size = test['batch_size'] or (1 if device.type == 'cpu' else 8)
+    batch_size = test['batch_size'] or windows_at_once(device)
     precision = MixedPrecision(device, test['amp'])
 
     def scaled(image):

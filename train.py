@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import operator
+import os
 import platform
 import shutil
 import subprocess
@@ -18,13 +19,13 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dataset import DataFolder, EpochBatches, batch_items, ignore_interrupt, load_mean_std_of_run
+from dataset import DataFolder, EpochBatches, batch_items, load_mean_std_of_run, start_loader
 from loss import VarCELoss
 from my_transforms import get_transforms
 from options import Options, run_of
 from utils import (AverageMeter, FolderLock, InputError, MixedPrecision, Processes, StopRequest, WeightAverage,
-                   accuracy_pixel_level, atomic_path, build_model, load_checkpoint, load_weights, run_script,
-                   save_checkpoint, save_image, sha256_of, split_forward, write_text)
+                   atomic_path, build_model, load_checkpoint, load_weights, put_on, run_script, save_checkpoint,
+                   save_image, sha256_of, split_forward, windows_at_once, write_text)
 
 log = logging.getLogger('train')
 
@@ -33,9 +34,11 @@ COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc'
            'val_loss', 'val_acc', 'val_iou')
 # What may differ when a run is resumed; anything else would make it two runs in one.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
-              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'grid_every', 'preview'}
+              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'compile', 'grid_every',
+              'preview'}
 OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}  # of a checkpoint of ours
 GRID_IMAGES = 4
+CURVE_MINUTES = 3         # between two drawings of learning_curve.png
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png', 'val_grid.png')
 
@@ -58,21 +61,21 @@ def main(argv=None):
     if train['preview']:
         return save_preview(train_set, train, mean_std if opt.transform['train'].get('normalize') else None)
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
-    train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=train['workers'],
-                              persistent_workers=train['workers'] > 0, worker_init_fn=ignore_interrupt,
-                              collate_fn=batch_items, generator=torch.Generator(),
-                              pin_memory=processes.device.type == 'cuda')
-    val_loader = DataLoader(val_set, batch_size=1, sampler=share_of_images(len(val_set), processes),
-                            num_workers=min(1, train['workers']), worker_init_fn=ignore_interrupt,
-                            generator=torch.Generator())
+    workers = loader_processes(train['workers'], processes)
+    common = dict(collate_fn=batch_items, worker_init_fn=start_loader, generator=torch.Generator(),
+                  pin_memory=processes.device.type == 'cuda')
+    train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=workers, **common)
+    val_loader = DataLoader(val_set, sampler=share_of_images(len(val_set), processes), num_workers=min(1, workers),
+                            persistent_workers=workers > 0, **common)
 
     # 3. network, loss, optimizer
     torch.manual_seed(train['seed'])
     model = build_model(opt.model)
     if train['init_from'] and not checkpoint:
         load_weights(model, load_checkpoint(train['init_from'])['state_dict'], opt.model, train['init_from'])
-    model.set_mode('auto', train['memory_efficient'], train['amp']).to(processes.device)
+    model = put_on(processes.device, model.set_mode('auto', train['memory_efficient'], train['amp']))
     model = processes.synchronise_batch_norm(model)
+    torch.backends.cudnn.benchmark = True                    # all crops have one size: find the fastest convolutions
     precision = MixedPrecision(processes.device, train['amp'])
     optimizer = torch.optim.Adam(model.parameters(), lr=train['lr'], betas=(0.9, 0.99),
                                  weight_decay=train['weight_decay'])
@@ -94,18 +97,24 @@ def main(argv=None):
     # 5. epochs
     with StopRequest(processes) as stop, run, processes.watched(run.how_to_go_on):
         network = processes.share(model)
+        compiled = torch.compile(network, dynamic=False) if train['compile'] else network
+        batches.start_at(state.epoch, state.batch)
+        crops = iter(train_loader)                               # of all epochs
         while state.step < state.total_steps or state.batch > 0:
-            train_epoch(state, network, train_loader, criterion, train, processes, precision, run, stop)
+            train_epoch(state, network, compiled, crops, train_loader, criterion, train, processes, precision, run,
+                        stop)
             validated = (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps
             val, pictures = [math.nan] * 3, []
             if validated:
-                val, pictures = validate(state.validation_model(), val_loader, criterion, train, processes, run, stop)
+                val, pictures = validate(state.validation_model(), val_loader, criterion, train, processes, precision,
+                                         run, stop)
             is_best = val[2] > state.best_iou
             row = state.finish_epoch(val)
             run.save_epoch(is_best)
             run.log_epoch(row)
             if pictures and run.is_grid_due():
                 run.save_grid(pictures)
+        run.draw_learning_curve()
     processes.end()
     log.info(f'done: {state.epoch} epochs in {state.minutes():.1f} minutes, best validation IoU {state.best_iou:.4f}; '
              f'weights in {opt.train["save_dir"]}/checkpoints')
@@ -115,37 +124,45 @@ def main(argv=None):
 # An epoch
 # ---------------------------------------------------------------------------------------------------
 
-def train_epoch(state, network, loader, criterion, train, processes, precision, run, stop):
-    """The training half of an epoch, from the step at which the state stands. network: what `processes` share."""
+def train_epoch(state, network, compiled, crops, loader, criterion, train, processes, precision, run, stop):
+    """The training half of an epoch, from the step at which the state stands.
+
+    network: the model as `processes` share it; compiled: the same, for batches of full size. crops: iterator over the
+    batches of the loader, epoch after epoch.
+    """
     network.train()
     batches = loader.batch_sampler
-    batches.set_position(state.epoch, state.batch)
     started, first = time.monotonic(), state.batch
-    progress = tqdm(loader, desc=f'epoch {state.epoch + 1}', initial=state.batch, total=len(batches),
-                    disable=processes.quiet)
-    for image, weight, label in progress:
+    progress = tqdm(itertools.islice(crops, len(batches) - state.batch), desc=f'epoch {state.epoch + 1}',
+                    initial=state.batch, total=len(batches), disable=processes.quiet)
+    for batch in progress:
         if state.step >= state.total_steps:                      # the time budget ends within an epoch
             break
         # 1. a seed of its own for every step, so that dropout is the same after a resume
         torch.manual_seed(step_seed(train['seed'], state.step, processes.rank))
         n_own, n_all = batches.sizes(state.batch)                # images of this process, and of all
-        image, weight, target = to_device(image, weight, label, processes.device, train['use_weight_map'])
+        image, weight, target, instances = to_device(batch, processes.device, train['use_weight_map'])
 
-        # 2. forward and loss
+        # 2. forward and loss; for a short batch the network would be compiled anew
         with precision.autocast():
-            logits = network(image)
+            logits = compiled(image) if n_all == train['batch_size'] else network(image)
         logits = logits.float()                                  # softmax, loss and variance in float32
-        loss, loss_ce, loss_var = criterion(logits, target, weight)
-        values = [loss.item(), loss_ce.item(), loss_var.item(), *pixel_results(logits, target)]
-        values = [value / n_all for value in processes.sums([value * n_own for value in values])]
+        loss, loss_ce, loss_var = criterion(logits, target, weight, instances)
+        results = torch.stack([loss, loss_ce, loss_var, *pixel_results(logits, target)]).detach()               # (5,)
+
+        # 3. backward; the gradients become the mean over the processes, so weigh them by their images
+        state.optimizer.zero_grad(set_to_none=True)
+        precision.scaler.scale(loss * (n_own * processes.count / n_all)).backward()
+
+        # 4. is the loss finite? This is where the CPU waits for a GPU, once in a step
+        values = processes.sums([value * n_own for value in results.tolist()])
+        values = [value / n_all for value in values]
         if not math.isfinite(values[0]):
             names = ', '.join(loader.dataset.names[key[0]] for key in batches.batch(state.epoch, state.batch))
             raise InputError(f'the loss is {values[0]} in epoch {state.epoch + 1}, step {state.batch + 1}, on '
                              f'{names}; {run.last_good()}; try a lower --lr, or --clip-grad 1')
 
-        # 3. backward and update; the gradients become the mean over the processes, so weigh them by their images
-        state.optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss * (n_own * processes.count / n_all)).backward()
+        # 5. update
         if train['clip_grad']:
             precision.scaler.unscale_(state.optimizer)
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), train['clip_grad'])
@@ -154,19 +171,33 @@ def train_epoch(state, network, loader, criterion, train, processes, precision, 
         precision.scaler.step(state.optimizer)
         precision.scaler.update()
 
-        # 4. results so far
+        # 6. results so far
         state.finish_step(values, n_all)
         progress.set_postfix(loss=f'{state.meter.avg[0]:.4f}', IoU=f'{state.meter.avg[4]:.4f}')
         if state.batch % train['log_interval'] == 0:
             log.info('  step %d/%d  loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f',
                      state.batch, len(batches), *state.meter.avg)
 
-        # 5. time budget, checkpoint, stop
+        # 7. time budget, checkpoint, stop
         if train['max_minutes'] and not state.steps_planned and state.batch - first == min(10, len(batches)):
             state.plan_steps((time.monotonic() - started) / (state.batch - first), train['max_minutes'], processes)
         run.save_if_due()
         stop.check(run.save_and_say_how_to_go_on)
     progress.close()
+
+
+def loader_processes(workers, processes):
+    """How many processes load data: `workers`, or with 'auto' what the CPUs suffice for.
+
+    A GPU is fed by the CPUs that this process may use, less one, 16 at most, shared with the other processes on the
+    machine. A CPU that trains itself gets one.
+    """
+    if workers != 'auto':
+        return workers
+    if processes.device.type == 'cpu':
+        return 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, min(16, usable - 1) // int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
 
 
 def share_of_images(n_images, processes):
@@ -175,7 +206,7 @@ def share_of_images(n_images, processes):
             range(processes.rank, -(-n_images // processes.count) * processes.count, processes.count)]
 
 
-def validate(model, loader, criterion, train, processes, run, stop):
+def validate(model, loader, criterion, train, processes, precision, run, stop):
     """Mean over the validation images of [loss, pixel accuracy, IoU of class 1], with the sliding window.
 
     Returns it and the first images of this process: (image (3, H, W), target (H, W), probabilities (C, H, W)), on the
@@ -183,32 +214,39 @@ def validate(model, loader, criterion, train, processes, run, stop):
     """
     model.eval()
     processes.copy_from_first(model.buffers())                       # the running moments of batch norm
-    meter, pictures, n_images = AverageMeter(3), [], len(loader.dataset)
+    results, pictures, n_images = [], [], len(loader.dataset)
     progress = tqdm(loader, desc='validation', disable=processes.quiet, leave=False)
-    for i, (image, weight, label) in enumerate(progress):
-        image, weight, target = to_device(image, weight, label, processes.device, train['use_weight_map'])
+    for i, batch in enumerate(progress):
+        image, weight, target, instances = to_device(batch, processes.device, train['use_weight_map'])
         with torch.inference_mode():
-            logits = split_forward(model, image, train['input_size'], train['val_overlap'], model.conv2.out_channels)
-            loss = criterion(logits, target, weight)[0]
-        if processes.rank + i * processes.count < n_images:          # not a repetition
-            meter.update([loss.item(), *pixel_results(logits, target)])
+            with precision.autocast():
+                logits = split_forward(model, image, train['input_size'], train['val_overlap'],
+                                       model.conv2.out_channels, windows_at_once(processes.device))
+            logits = logits.float()
+            loss = criterion(logits, target, weight, instances)[0]
+            if processes.rank + i * processes.count < n_images:      # not a repetition
+                results.append(torch.stack([loss, *pixel_results(logits, target)]))
         if len(pictures) < GRID_IMAGES:
             pictures.append((image[0].cpu(), target[0].cpu(), logits[0].softmax(0).cpu()))
         run.save_if_due()                                            # validation is done again after a resume
         stop.check(run.save_and_say_how_to_go_on)
-    meter.sum, meter.count = np.array(processes.sums(meter.sum)), np.array(processes.sums(meter.count))
-    return meter.avg.tolist(), pictures
+    sums = torch.stack(results).double().sum(0).tolist() if results else [0.0] * 3
+    return [value / n_images for value in processes.sums(sums)], pictures
 
 
-def to_device(image, weight, label, device, use_weight_map):
-    """image (B, 3, H, W) float, weight (B, H, W) float of 1 to 11, target (B, H, W) int64, on the device."""
-    weight = weight[:, 0].to(device).float() / 20                # weight maps are stored as 20 times the weight
-    return image.to(device), weight if use_weight_map else torch.ones_like(weight), label[:, 0].to(device)
+def to_device(batch, device, use_weight_map):
+    """image (B, 3, H, W) float, weight (B, H, W) float of 1 to 11, target (B, H, W) int64, instances (B, H, W) int32,
+    on the device. batch: of `batch_items`."""
+    image, weight, target, instances = (values.to(device, non_blocking=True) for values in batch)
+    weight = weight.float() / 20                                     # weight maps are stored as 20 times the weight
+    return image, weight if use_weight_map else torch.ones_like(weight), target.long(), instances
 
 
 def pixel_results(logits, target):
-    """Pixel accuracy and IoU of class 1, mean over the batch."""
-    return accuracy_pixel_level(logits.detach().argmax(1).cpu().numpy(), target.cpu().numpy())[:2]
+    """Pixel accuracy and IoU of class 1, mean over the batch, (2,) on the device: `accuracy_pixel_level` of a GPU."""
+    found, wanted = logits.detach().argmax(1) == 1, target == 1
+    both, either = ((found & wanted).sum((1, 2)), (found | wanted).sum((1, 2)))
+    return (found == wanted).float().mean(), (both / (either + 1e-10)).mean()
 
 
 def step_seed(seed, step, rank=0):
@@ -330,7 +368,7 @@ class TrainingState:
         self.batch += 1
         self.meter.update(values, n_images)
         if self.average:
-            self.average.update(self.model)
+            self.average.update()
 
     def finish_epoch(self, val):
         """Count an epoch, whose validation results are [loss, accuracy, IoU]; returns its row of results."""
@@ -489,7 +527,7 @@ class Run:
                              f'{done}, which would be overwritten; resume from {latest}, choose another --save-dir, or '
                              f'give --overwrite True')
         self.begin(folder)
-        self.last_saved, self.last_grid = time.monotonic(), state.epoch
+        self.last_saved, self.last_grid, self.last_drawn = time.monotonic(), state.epoch, -math.inf
 
     def __enter__(self):
         return self
@@ -550,7 +588,8 @@ class Run:
                 self.writer.add_scalar(name.replace('_', '/', 1), value, row[0])
         self.writer.flush()
         self.write_results()
-        self.draw_learning_curve()
+        if time.monotonic() - self.last_drawn >= CURVE_MINUTES * 60:                 # drawing takes half a second
+            self.draw_learning_curve()
 
     def write_results(self):
         """epoch_results.txt, whole: so that it agrees with the checkpoint after any interruption."""
@@ -574,6 +613,7 @@ class Run:
             axes.legend()
         with atomic_path(self.folder / 'learning_curve.png') as temporary:
             figure.savefig(temporary, dpi=100)
+        self.last_drawn = time.monotonic()
 
     def is_grid_due(self):
         every, epoch = self.opt.train['grid_every'], self.state.epoch
@@ -598,7 +638,7 @@ class Run:
         self.stay()
         checkpoint = self.state.as_checkpoint()
         checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
-        if not all(value.isfinite().all() for value in checkpoint['state_dict'].values()):
+        if not torch.stack([value.isfinite().all() for value in checkpoint['state_dict'].values()]).all():
             raise InputError(f'the weights are no longer finite after {self.state.epoch} epochs and {self.state.batch} '
                              f'steps; {self.last_good()}; try a lower --lr, or --clip-grad 1')
         try:

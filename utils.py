@@ -7,6 +7,7 @@ import datetime
 import errno
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import platform
@@ -419,6 +420,17 @@ class Processes:
             raise InputError(f'{no_space(error)}; make room; {advice()}') from error
 
 
+def put_on(device, model):
+    """The network on its device; on CUDA channels last, the layout of the tensor cores."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == 'cuda' else model
+
+
+def windows_at_once(device):
+    """How many windows of an image a network sees at a time, in validation and testing."""
+    return 1 if device.type == 'cpu' else 8
+
+
 class MixedPrecision:
     """Half precision where it is fast and enough, in the network; the loss stays in float32.
 
@@ -577,18 +589,20 @@ class WeightAverage:
 
     def __init__(self, model, decay):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
+        self.decay, self.step = decay, None
+        own, network = self.model.state_dict(), model.state_dict()           # share their memory with the networks
+        floats = [name for name, value in own.items() if value.is_floating_point()]
+        counters = [name for name in own if name not in floats]              # num_batches_tracked
+        self.floats, self.counters = ([[state[name] for name in names] for state in (own, network)]
+                                      for names in (floats, counters))
 
     @torch.no_grad()
-    def update(self, model):
-        average = self.model.state_dict()
-        step = int(next(value for key, value in model.state_dict().items() if key.endswith('num_batches_tracked')))
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                average[key].lerp_(value, 1 - decay)
-            else:
-                average[key].copy_(value)
+    def update(self):
+        """Count a step of the network that this average was made of."""
+        # the network counts its steps too; only the first time a GPU is asked, because it has to finish its work then
+        self.step = int(self.counters[1][0]) if self.step is None else self.step + 1
+        torch._foreach_lerp_(*self.floats, 1 - min(self.decay, (1 + self.step) / (10 + self.step)))
+        torch._foreach_copy_(*self.counters)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -613,13 +627,13 @@ def window_grid(length, size, overlap):
     return padded, windows
 
 
-def split_forward(model, input, size, overlap, outchannel=3):
+def split_forward(model, input, size, overlap, outchannel=3, n_windows=1):
     """The model's output for images larger than it is run on, from overlapping windows.
 
-    input: (B, C, H, W) float tensor. size, overlap: pixels; the stride is their difference. model: maps a window
-    (B, C, h, w) to (B, outchannel, h, w). Returns (B, outchannel, H, W) on the input's device. A side longer than
-    `size` is zero-padded at the bottom / right to whole windows; a shorter one is one window of that length.
-    Raises ValueError unless 0 <= overlap < size.
+    input: (B, C, H, W) float tensor. size, overlap: pixels; the stride is their difference. model: maps windows
+    (n, C, h, w) to (n, outchannel, h, w). n_windows: of each image, that the model sees at a time. Returns
+    (B, outchannel, H, W) on the input's device. A side longer than `size` is zero-padded at the bottom / right to whole
+    windows; a shorter one is one window of that length. Raises ValueError unless 0 <= overlap < size.
     """
     if not 0 <= overlap < size:
         raise ValueError(f'overlap is {overlap}; expected at least 0 and less than the window size, {size}')
@@ -628,11 +642,13 @@ def split_forward(model, input, size, overlap, outchannel=3):
     padded_width, columns = window_grid(width, size, overlap)
     padded = F.pad(input, (0, padded_width - width, 0, padded_height - height))
     output = input.new_zeros(batch, outchannel, padded_height, padded_width)
-    for top, bottom, first_row, end_row in rows:
-        for left, right, first_column, end_column in columns:
-            window = model(padded[:, :, top:bottom, left:right])
-            output[:, :, first_row:end_row, first_column:end_column] = \
-                window[:, :, first_row - top:end_row - top, first_column - left:end_column - left]
+    windows = list(itertools.product(rows, columns))                     # all of one size
+    for i in range(0, len(windows), n_windows):
+        group = windows[i:i + n_windows]
+        seen = torch.cat([padded[:, :, top:bottom, left:right] for (top, bottom, *_), (left, right, *_) in group])
+        for ((top, _, *rows), (left, _, *columns)), window in zip(group, model(seen).split(batch)):
+            output[:, :, slice(*rows), slice(*columns)] = \
+                window[:, :, rows[0] - top:rows[1] - top, columns[0] - left:columns[1] - left]
     return output[:, :, :height, :width]
 
 

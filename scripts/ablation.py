@@ -138,12 +138,12 @@ def seconds_per_step(opt, threads, repetitions=6):
     precision = MixedPrecision(device, opt.train['amp'])
     optimizer, criterion = torch.optim.Adam(model.parameters(), opt.train['lr']), VarCELoss(opt.train['alpha'])
     times = [time.perf_counter()]
-    for crops in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), repetitions + 1):
-        image, weight, target = train.to_device(*crops, device, opt.train['use_weight_map'])
+    for crops in itertools.islice(loader, repetitions + 1):
+        image, weight, target, instances = train.to_device(crops, device, opt.train['use_weight_map'])
         with precision.autocast():
             logits = model(image)
         optimizer.zero_grad(set_to_none=True)
-        criterion(logits.float(), target, weight)[0].backward()
+        criterion(logits.float(), target, weight, instances)[0].backward()
         optimizer.step()
         model.conv2.weight.sum().item()                                      # a GPU has finished the step
         times.append(time.perf_counter())

@@ -33,9 +33,7 @@ def training_crops(train_set, batch_size):
     """Yields normalised crops, float (batch_size, 3, H, W), without end: of each image one, then of each another."""
     batches = EpochBatches(len(train_set), batch_size, seed=0)
     loader = DataLoader(train_set, batch_sampler=batches, collate_fn=batch_items)
-    for epoch in itertools.count():
-        batches.set_position(epoch, 0)
-        yield from (image for image, *_ in loader if len(image) == batch_size)
+    yield from (image for image, *_ in loader if len(image) == batch_size)
 
 
 def main(argv=None):

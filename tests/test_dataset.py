@@ -9,7 +9,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from dataset import (DataFolder, EpochBatches, check_mean_std, list_images, load_mean_std, read_image,
+from dataset import (DataFolder, EpochBatches, batch_items, check_mean_std, list_images, load_mean_std, read_image,
                      read_instance_label)
 from my_transforms import get_transforms
 from utils import InputError
@@ -363,14 +363,30 @@ def test_a_sample_depends_on_index_seed_and_epoch_alone(folders):
 
 def test_batches_are_a_new_order_each_epoch_and_can_start_in_the_middle():
     batches = EpochBatches(10, 4, seed=3)
-    first = list(batches)
-    assert [len(b) for b in first] == [4, 4, 2] and len(batches) == 3
-    assert sorted(key[0] for batch in first for key in batch) == list(range(10))
-    batches.set_position(0, 1)
-    assert list(batches) == first[1:]
-    batches.set_position(1, 0)
-    assert [k[0] for b in batches for k in b] != [k[0] for b in first for k in b]
-    assert list(EpochBatches(10, 4, seed=3)) == first and list(EpochBatches(10, 4, seed=4)) != first
+    assert len(batches) == 3
+
+    def take(batches, n):
+        return list(itertools.islice(batches, n))
+    two = take(batches, 6)
+    for epoch in (two[:3], two[3:]):
+        assert [len(b) for b in epoch] == [4, 4, 2]
+        assert sorted(key[0] for batch in epoch for key in batch) == list(range(10))
+    assert [key[0] for batch in two[:3] for key in batch] != [key[0] for batch in two[3:] for key in batch]
+    batches.start_at(0, 1)
+    assert take(batches, 5) == two[1:]
+    batches.start_at(1, 0)
+    assert take(batches, 3) == two[3:]
+    assert take(EpochBatches(10, 4, seed=3), 3) == two[:3] != take(EpochBatches(10, 4, seed=4), 3)
+
+
+def test_a_batch_is_sent_in_few_bytes_with_its_instances():
+    label = torch.tensor([[[1, 1, 0], [0, 0, 2], [1, 0, 0]]])
+    items = [(torch.rand(3, 3, 3), torch.full((1, 3, 3), 220), label), (torch.rand(3, 3, 3), label * 20, label.flip(2))]
+    image, weight, target, instances = batch_items(items)
+    assert image.dtype == torch.float32 and torch.equal(image[1], items[1][0])
+    assert weight.dtype == target.dtype == torch.uint8 and instances.dtype == torch.int32
+    assert torch.equal(weight[0].long(), items[0][1][0]) and torch.equal(target[1].long(), items[1][2][0])
+    assert instances.tolist() == [[[1, 1, 0], [0, 0, 0], [2, 0, 0]], [[0, 1, 1], [0, 0, 0], [0, 0, 2]]]
 
 
 @pytest.mark.parametrize('array, message', [

@@ -74,7 +74,7 @@ def test_two_processes_compute_what_one_does_and_either_goes_on_with_the_other_s
 def test_processes_share_a_batch():
     whole = EpochBatches(7, 3, seed=1)
     shares = [EpochBatches(7, 3, 1, rank, 2) for rank in range(2)]
-    for k, (keys, a, b) in enumerate(zip(whole, *shares)):
+    for k, keys, a, b in zip(range(len(whole)), whole, *shares):
         sizes = [share.sizes(k) for share in shares]
         assert sizes == [(2, 3), (1, 3)] if k < 2 else sizes == [(1, 1), (0, 1)]
         assert sorted(a[:sizes[0][0]] + b[:sizes[1][0]]) == sorted(keys) and a and b

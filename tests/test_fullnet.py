@@ -9,29 +9,31 @@ import torch
 from torch import nn
 
 from FullNet import HYBRID_DILATIONS, FCN_pooling, FullNet, create_model, layer_dilations
+from utils import put_on
 
 GOLDEN = Path(__file__).parent / 'golden'
 SMALL = dict(n_layers=4, growth_rate=4, drop_rate=0.0)
 
 
 def relative_difference(a, b):
-    return np.abs(a - b).max() / np.abs(b).max()
+    """Of a tensor and the array that it should be, by the array's largest value."""
+    return np.abs(a.cpu().numpy() - b).max() / np.abs(b).max()
 
 
 @pytest.mark.parametrize('name, network', [('basic4', FullNet), ('basic6', FullNet), ('bottleneck', FullNet),
                                            ('fcn_pooling', FCN_pooling)])
-def test_outputs_and_gradients_are_the_published_ones(name, network):
+def test_outputs_and_gradients_are_the_published_ones(name, network, device='cpu'):
     golden = np.load(GOLDEN / f'model_{name}.npz')
     model = network(3, 3, **json.loads(str(golden['config'])))
     model.load_state_dict({k[3:]: torch.from_numpy(golden[k]) for k in golden if k.startswith('sd/')})
-    input = torch.from_numpy(golden['input'])
+    model, input = put_on(torch.device(device), model), torch.from_numpy(golden['input']).to(device)
     with torch.no_grad():
-        assert relative_difference(model.eval()(input).numpy(), golden['eval_output']) < 1e-4
+        assert relative_difference(model.eval()(input), golden['eval_output']) < 1e-4
     output = model.train()(input)
-    assert relative_difference(output.detach().numpy(), golden['train_output']) < 1e-4
+    assert relative_difference(output.detach(), golden['train_output']) < 1e-4
     (output ** 2).mean().backward()
-    assert relative_difference(model.conv1.conv.weight.grad.numpy(), golden['grad_conv1']) < 2e-2
-    assert relative_difference(model.conv2.weight.grad.numpy(), golden['grad_last']) < 1e-3
+    assert relative_difference(model.conv1.conv.weight.grad, golden['grad_conv1']) < 2e-2
+    assert relative_difference(model.conv2.weight.grad, golden['grad_last']) < 1e-3
 
 
 @pytest.mark.parametrize('name, network', [('fullnet', FullNet), ('fcn_pooling', FCN_pooling)])

@@ -99,20 +99,22 @@ def test_alpha_zero_leaves_the_variance_term_out_and_reports_minus_one():
     assert loss.item() == pytest.approx((loss_ce + 2.5 * loss_var).item()) and loss_var > 0
 
 
-def test_training_step_is_the_golden_one():
+def test_training_step_is_the_golden_one(device='cpu'):
     golden = np.load(GOLDEN / 'train_step.npz')
     model = FullNet(3, 3, n_layers=4, growth_rate=6, drop_rate=0.0)
     model.load_state_dict({k[3:]: torch.from_numpy(golden[k]) for k in golden if k.startswith('sd/')})
+    model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     target = torch.from_numpy(golden['target'])
     assert (label_instances(target).numpy() == golden['instances']).all()
-    loss, loss_ce, loss_var = VarCELoss(1.0)(model(torch.from_numpy(golden['input'])), target,
-                                             torch.from_numpy(golden['weight']))
+    input, target, weight = (values.to(device) for values in (torch.from_numpy(golden['input']), target,
+                                                              torch.from_numpy(golden['weight'])))
+    loss, loss_ce, loss_var = VarCELoss(1.0)(model(input), target, weight)
     for value, name in ((loss, 'loss'), (loss_ce, 'loss_ce'), (loss_var, 'loss_var')):
         assert value.item() == pytest.approx(float(golden[name]), rel=1e-5)
     loss.backward()
     for weight, name in ((model.conv1.conv.weight, 'grad_conv1'), (model.conv2.weight, 'grad_last'),
                          (model.blocks.block5.denselayer4.conv.conv.weight, 'grad_block5_layer4')):
-        assert np.abs(weight.grad.numpy() - golden[name]).max() < 1e-2 * np.abs(golden[name]).max()
+        assert np.abs(weight.grad.cpu().numpy() - golden[name]).max() < 1e-2 * np.abs(golden[name]).max()
     optimizer.step()
-    assert np.abs(model.conv2.weight.detach().numpy() - golden['conv2_after_adam']).max() < 1e-4
+    assert np.abs(model.conv2.weight.detach().cpu().numpy() - golden['conv2_after_adam']).max() < 1e-4

@@ -26,7 +26,7 @@ def test_published_defaults():
     assert opt.dataset == 'MultiOrgan'
     published = dict(data_dir='./data/MultiOrgan', save_dir='./experiments/MultiOrgan/1', input_size=208,
                      num_epochs=300, batch_size=8, val_overlap=80, lr=1e-3, weight_decay=1e-4, log_interval=50,
-                     workers=2, alpha=1.0, checkpoint_freq=100, start_epoch=0, checkpoint='', lr_schedule='none')
+                     workers='auto', alpha=1.0, checkpoint_freq=100, start_epoch=0, checkpoint='', lr_schedule='none')
     assert {name: opt.train[name] for name in published} == published
     assert opt.model == dict(name='FullNet', in_c=3, out_c=3, n_layers=6, growth_rate=24, drop_rate=0.1,
                              compress_ratio=0.5, dilations=(1, 2, 4, 8, 16, 4, 1), is_hybrid=True, layer_type='basic')

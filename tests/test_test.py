@@ -40,7 +40,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kind, dataset', [('nuclei', 'MultiOrgan'), ('gland', 'GlaS')])
-def test_segmentations_and_scores_are_the_golden_ones(tmp_path, kind, dataset):
+def test_segmentations_and_scores_are_the_golden_ones(tmp_path, kind, dataset, gpu='cpu'):
     golden = np.load(GOLDEN / 'end_to_end.npz')
     (tmp_path / 'set').mkdir()
     (tmp_path / 'truth').mkdir()
@@ -49,7 +49,7 @@ def test_segmentations_and_scores_are_the_golden_ones(tmp_path, kind, dataset):
         save_instances(tmp_path / 'truth' / f'im{i}.png', golden[f'{kind}/label{i}'])
     np.save(tmp_path / 'mean_std.npy', golden['mean_std'])
     test_script.main([*TINY, '--dataset', dataset, '--img-dir', 'set', '--label-dir', 'truth', '--data-dir', '.',
-                      '--save-dir', 'out'])
+                      '--save-dir', 'out', '--gpu', gpu])
 
     for i in range(2):
         segmentation = tifffile.imread(tmp_path / 'out' / 'set_segmentation' / f'im{i}_seg.tiff')

@@ -1,4 +1,5 @@
 """Training through its command line: what is written, what every option changes, exact resume, what is refused."""
+import argparse
 import errno
 import json
 import math
@@ -21,7 +22,7 @@ import test
 import train
 import utils
 from options import TRAIN, Options
-from utils import InputError, MixedPrecision, load_checkpoint
+from utils import InputError, MixedPrecision, accuracy_pixel_level, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -208,6 +209,23 @@ def test_checkpoint_minutes(data, tmp_path, monkeypatch):
     assert saved == [0]
     run(data, tmp_path / 'b', '--checkpoint-minutes', '0')
     assert saved == [0, 1, 2, 2, 0]               # after both steps, in the validation, after the epoch, of 2 steps
+
+
+def test_auto_takes_as_many_loader_processes_as_the_machine_has_cpus_for(monkeypatch):
+    gpu, cpu = (argparse.Namespace(device=torch.device(name)) for name in ('cuda', 'cpu'))
+    assert [train.loader_processes('auto', cpu), train.loader_processes(3, gpu)] == [1, 3]
+    for cpus, processes, expected in ((16, '', 15), (64, '1', 16), (64, '8', 2), (1, '', 1), (4, '8', 1)):
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cpus), raising=False)
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
+        assert train.loader_processes('auto', gpu) == expected
+
+
+def test_pixel_results_are_those_of_the_arrays():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(5, 3, 9, 7, generator=generator), torch.randint(3, (5, 9, 7), generator=generator)
+    target[0], logits[0, 1] = 0, -9                                    # neither found nor wanted
+    expected = accuracy_pixel_level(logits.argmax(1).numpy(), target.numpy())[:2]
+    assert [value.item() for value in train.pixel_results(logits, target)] == pytest.approx(expected, abs=1e-6)
 
 
 def test_workers_gpu_and_data_dir_reach_what_runs(data, tmp_path, monkeypatch):
@@ -553,9 +571,10 @@ def test_the_optimizer_and_the_weights_are_the_published_ones(base):
     settings = base[0]['optimizer']['param_groups'][0]
     assert settings['betas'] == (0.9, 0.99) and settings['weight_decay'] == 1e-4
     assert not settings['amsgrad'] and not settings.get('decoupled_weight_decay')                     # not AdamW
-    stored = torch.tensor([[[[20, 220]]]], dtype=torch.uint8)
+    stored = torch.tensor([[[20, 220]]], dtype=torch.uint8)
     for use, expected in ((True, [[[1, 11]]]), (False, [[[1, 1]]])):
-        assert train.to_device(torch.zeros(1, 3, 1, 2), stored, stored, 'cpu', use)[1].tolist() == expected
+        batch = torch.zeros(1, 3, 1, 2), stored, stored, stored
+        assert train.to_device(batch, 'cpu', use)[1].tolist() == expected
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_images(data, tmp_path):

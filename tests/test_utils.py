@@ -36,16 +36,18 @@ MODEL = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=4, drop_ra
 # ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('i', range(8))
-def test_sliding_window_is_the_golden_one(i):
+def test_sliding_window_is_the_golden_one(i, device='cpu'):
     golden = np.load(GOLDEN / 'split_forward.npz')
-    weight, bias = torch.from_numpy(golden['weight']), torch.from_numpy(golden['bias'])
+    weight, bias = (torch.from_numpy(golden[name]).to(device) for name in ('weight', 'bias'))
 
     def model(window):                       # sees the whole of its window
         return F.conv2d(window, weight, bias, padding=4) + window.mean((2, 3), keepdim=True) + window[:, :, :1, :1]
 
     size, overlap = golden[f'{i}/size_overlap'].tolist()
-    output = split_forward(model, torch.from_numpy(golden[f'{i}/input']), size, overlap)
-    assert np.abs(output.numpy() - golden[f'{i}/output']).max() < 1e-5
+    image = torch.from_numpy(golden[f'{i}/input']).to(device)
+    output = split_forward(model, image, size, overlap)
+    assert torch.allclose(split_forward(model, image, size, overlap, n_windows=3), output, atol=1e-6)
+    assert np.abs(output.cpu().numpy() - golden[f'{i}/output']).max() < 1e-5
 
 
 @settings(max_examples=200, deadline=None)
@@ -282,9 +284,18 @@ def test_weight_average_follows_the_weights():
     model.train()(torch.randn(1, 3, 8, 8))                     # one batch seen: decay min(0.9, 2 / 11)
     with torch.no_grad():
         model.conv2.weight += 1
-    average.update(model)
+    average.update()
     torch.testing.assert_close(average.model.conv2.weight, start + 9 / 11)
     assert average.model.conv1.bn.num_batches_tracked == 1
+    expected = {key: value.clone() for key, value in average.model.state_dict().items()}
+    for step in range(2, 100):                                 # the loop over all values, as a check
+        model(torch.randn(1, 3, 8, 8))
+        average.update()
+        for key, value in model.state_dict().items():
+            decay = min(0.9, (1 + step) / (10 + step))
+            expected[key] = expected[key] * decay + value * (1 - decay) if value.is_floating_point() else value
+    for key, value in average.model.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
 
 
 # ---------------------------------------------------------------------------------------------------
