@@ -4,10 +4,10 @@ Images are Pillow images until `to_tensor`. A random transform has two halves, `
 NumPy generator) and `apply` (what is done with it), so that a draw can be pinned.
 """
 import numpy as np
-import SimpleITK as sitk
 import torch
 from PIL import Image
 from scipy import ndimage
+from scipy.interpolate import BSpline
 from torch.nn import functional as F
 
 from utils import InputError, disk
@@ -127,13 +127,8 @@ class RandomElastic(RandomTransform):
         return parameters
 
     def apply(self, images, parameters):
-        # SimpleITK evaluates the spline once for all images; as a resampler it would do so for every channel.
         width, height = images[0].size
-        grid = sitk.Image(width, height, sitk.sitkUInt8)
-        spline = sitk.BSplineTransformInitializer(grid, [self.n, self.n], 3)
-        spline.SetParameters(parameters.tolist())
-        field = sitk.TransformToDisplacementField(spline, sitk.sitkVectorFloat64, grid.GetSize())
-        x, y = torch.from_numpy(sitk.GetArrayFromImage(field)).unbind(2)                     # (H, W), pixels
+        x, y = self.displacement(parameters, width, height)
         x, y = x + torch.arange(width), y + torch.arange(height)[:, None]
         outside = (x < -0.5) | (x >= width - 0.5) | (y < -0.5) | (y >= height - 0.5)
         points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=2).float()       # -1 ... 1
@@ -143,6 +138,18 @@ class RandomElastic(RandomTransform):
         warped += 1e-3                  # rounding must not take a whole number below itself before it is truncated
         warped = warped.masked_fill_(outside, 0).byte().split([len(image.getbands()) for image in images])
         return [Image.fromarray(pixels.permute(1, 2, 0).contiguous().squeeze(2).numpy()) for pixels in warped]
+
+    def displacement(self, parameters, width, height):
+        """How far every pixel moves in x and in y: float64 (2, height, width), pixels."""
+        control_points = torch.from_numpy(parameters).reshape(2, self.n + 3, self.n + 3)
+        return self.basis(height) @ control_points @ self.basis(width).T
+
+    def basis(self, size):
+        """The weight of every control point at every pixel of a side: float64 (size, n + 3)."""
+        # as in ITK, the mesh covers the image and an eighth of a pixel around it
+        places = (np.arange(size) + 0.625) * (self.n / (size + 0.25))                  # 0 ... n
+        knots = np.arange(-3.0, self.n + 4)
+        return torch.from_numpy(BSpline.design_matrix(places, knots, 3).toarray())
 
 
 class RandomRotation(RandomTransform):

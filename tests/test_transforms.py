@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -96,6 +95,7 @@ def test_scale_takes_the_shorter_side():
 
 def elastic_by_simpleitk(image, parameters):
     """Every channel resampled on its own, as in the published code."""
+    sitk = pytest.importorskip('SimpleITK')
     bands = []
     for band in image.split():
         channel = sitk.GetImageFromArray(np.asarray(band).astype(np.float32))
@@ -120,6 +120,19 @@ def test_elastic_is_simpleitk_s_but_for_rounding(size, seed):
     assert [result.mode for result in results] == ['RGB', 'L', 'RGB']
     assert max(d.max() for d in differences) <= 1 and max((d > 0).mean() for d in differences) < 0.005
     assert differences[2].max() == 0                # a constant stays exactly what it was, and so does the border
+
+
+@pytest.mark.parametrize('n, size', [(6, (250, 250)), (6, (64, 97)), (2, (3, 1)), (9, (40, 1000))])
+def test_the_displacement_is_simpleitk_s(n, size):
+    sitk = pytest.importorskip('SimpleITK')
+    elastic = RandomElastic(n, 15)
+    parameters = np.random.default_rng(n).normal(0, 15, 2 * (n + 3) ** 2)
+    spline = sitk.BSplineTransformInitializer(sitk.Image(*size, sitk.sitkUInt8), [n, n], 3)
+    spline.SetParameters(parameters.tolist())
+    field = sitk.GetArrayFromImage(sitk.TransformToDisplacementField(spline, sitk.sitkVectorFloat64, size))
+    displacement = elastic.displacement(parameters, *size).numpy()
+    assert displacement.shape == (2, size[1], size[0])
+    assert np.abs(displacement - np.moveaxis(field, 2, 0)).max() < 1e-9 < np.abs(field).max()
 
 
 def test_elastic_moves_most_points_in_y_only():
