@@ -275,8 +275,8 @@ def _read_16bit(image, path, scale):
         raise InputError(f'{path} {OTHER_16BIT}')
     lo, hi = scale
     tags = image.tag_v2 if image.format == 'TIFF' else {}
-    in_strips = 322 not in tags and tags.get(284, 1) == 1        # neither tiles nor planes, which SimpleITK misreads
-    pixels = _read_with_simpleitk(path) if in_strips else _read_with_tifffile(path)
+    in_strips = 322 not in tags and tags.get(284, 1) == 1        # not planes, which OpenCV misreads
+    pixels = _read_with_opencv(path) if in_strips else _read_with_tifffile(path)
     if pixels.dtype.itemsize != 2 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
         raise InputError(f'{path} {OTHER_16BIT}')
     pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
@@ -285,14 +285,15 @@ def _read_16bit(image, path, scale):
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
 
 
-def _read_with_simpleitk(path):
-    import SimpleITK as sitk
-    try:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    except RuntimeError as error:    # of several lines, about SimpleITK's source files
-        if 'PixelType' in str(error):
-            raise InputError(f'{path} {OTHER_16BIT}') from error
-        raise InputError(f'{path} is damaged or truncated; copy it again') from error
+def _read_with_opencv(path):
+    """The numbers of a grey, RGB or RGBA image, (H, W) or RGB (H, W, 3)."""
+    data = np.fromfile(path, np.uint8)
+    if bytes(data[1:4]) == b'PNG' and data[25] == 4:                         # grey and alpha
+        raise InputError(f'{path} {OTHER_16BIT}')
+    pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise InputError(f'{path} is damaged or truncated; copy it again')
+    return pixels if pixels.ndim == 2 else pixels[..., 2::-1]                # from BGR or BGRA
 
 
 def _read_with_tifffile(path):

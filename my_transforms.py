@@ -3,10 +3,10 @@
 Images are Pillow images until `to_tensor`. A random transform has two halves, `draw` (what is random, from a
 NumPy generator) and `apply` (what is done with it), so that a draw can be pinned.
 """
+import cv2
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from scipy.interpolate import BSpline
 from torch.nn import functional as F
 
@@ -128,16 +128,17 @@ class RandomElastic(RandomTransform):
 
     def apply(self, images, parameters):
         width, height = images[0].size
-        x, y = self.displacement(parameters, width, height)
-        x, y = x + torch.arange(width), y + torch.arange(height)[:, None]
-        outside = (x < -0.5) | (x >= width - 0.5) | (y < -0.5) | (y >= height - 0.5)
-        points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=2).float()       # -1 ... 1
+        x, y = self.displacement(parameters, width, height).float()
+        x = x * (2 / width) + ((2 * torch.arange(width) + 1) / width - 1)                              # -1 ... 1
+        y = y * (2 / height) + ((2 * torch.arange(height) + 1) / height - 1)[:, None]
+        inside = (x >= -1) & (x < 1) & (y >= -1) & (y < 1)
+        points = torch.stack([x, y]).permute(1, 2, 0)
 
         bands = torch.from_numpy(np.stack([np.asarray(band) for image in images for band in image.split()]))
         warped = F.grid_sample(bands[None].float(), points[None], padding_mode='border', align_corners=False)[0]
         warped += 1e-3                  # rounding must not take a whole number below itself before it is truncated
-        warped = warped.masked_fill_(outside, 0).byte().split([len(image.getbands()) for image in images])
-        return [Image.fromarray(pixels.permute(1, 2, 0).contiguous().squeeze(2).numpy()) for pixels in warped]
+        bands = iter([Image.fromarray(band) for band in (warped.byte() * inside).numpy()])
+        return [Image.merge(image.mode, [next(bands) for _ in image.getbands()]) for image in images]
 
     def displacement(self, parameters, width, height):
         """How far every pixel moves in x and in y: float64 (2, height, width), pixels."""
@@ -183,22 +184,27 @@ class RandomCrop(RandomTransform):
         return [image.crop((x, y, x + self.size, y + self.size)) for image in images]
 
 
+class InsideBand:
+    """RGB ternary label (last image) -> its red band, the inside: all that `LabelEncoding` needs."""
+
+    def __call__(self, images, rng):
+        return [*images[:-1], images[-1].getchannel(0)]
+
+
 class LabelEncoding:
-    """RGB ternary label (last image) -> class per pixel: 0 background, 1 inside, 2 contour.
+    """RGB ternary label, or its red band (last image) -> class per pixel: 0 background, 1 inside, 2 contour.
 
     The contour is found anew from the transformed inside mask: a 3x3 cross outwards, `radius` pixels inwards.
     """
 
     def __init__(self, radius):
-        self.footprint = disk(radius)
+        self.footprint = disk(radius).astype(np.uint8)
 
     def __call__(self, images, rng):
-        inside = np.asarray(images[-1])[..., 0] > 127.5
-        outer = ndimage.binary_dilation(inside)
-        inner = ndimage.binary_erosion(inside, self.footprint, border_value=1)
-        label = inside.astype(np.uint8)
-        label[outer & ~inner] = 2
-        return [*images[:-1], Image.fromarray(label)]
+        inside = (np.asarray(images[-1].getchannel(0)) > 127.5).astype(np.uint8)
+        outer = cv2.dilate(inside, disk(1).astype(np.uint8))         # what is outside the image changes neither
+        inner = cv2.erode(inside, self.footprint)
+        return [*images[:-1], Image.fromarray(np.where(outer > inner, np.uint8(2), inside))]
 
 
 class ToTensor:
@@ -247,5 +253,6 @@ def get_transforms(params):
     unknown = [name for name in params if name not in TRANSFORMS]
     if unknown:
         raise InputError(f"unknown transform '{unknown[0]}'; expected one of {', '.join(TRANSFORMS)}")
-    return Compose([TRANSFORMS[name](value) for name, value in params.items()
-                    if not (name.endswith('_flip') and not value)])
+    transforms = [TRANSFORMS[name](value) for name, value in params.items()
+                  if not (name.endswith('_flip') and not value)]
+    return Compose([InsideBand(), *transforms] if 'label_encoding' in params else transforms)

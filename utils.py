@@ -22,6 +22,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import tifffile
 import torch
@@ -457,8 +458,7 @@ class MixedPrecision:
 # What a published checkpoint holds besides tensors: `best_iou`, a NumPy scalar, under NumPy's old or new names.
 _NUMPY_SCALARS = [
     np.dtype, *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)),
-    (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
-    (np._core.multiarray.scalar, 'numpy._core.multiarray.scalar'),
+    *((np.float64().__reduce__()[0], f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
 ]
 
 
@@ -831,11 +831,15 @@ def split_objects(label, inside, h):
 
 def dilate(label, radius, rows=2048):
     """Grey dilation of an int (H, W) label with a disk, in place: where two objects meet, the higher id wins."""
+    footprint = disk(radius).astype(np.uint8)
+    fits_16_bits = label.max(initial=0) <= np.iinfo(np.uint16).max           # OpenCV dilates no larger integers
     before = label[:0]                                               # the last rows above, as they were
     for top in range(0, len(label), rows):
         piece = np.concatenate([before, label[top:top + rows + radius]])
         first, end = len(before), len(before) + rows
-        label[top:top + rows] = ndimage.grey_dilation(piece, footprint=disk(radius))[first:end]
+        dilated = (cv2.dilate(piece.astype(np.uint16), footprint) if fits_16_bits
+                   else ndimage.grey_dilation(piece, footprint=footprint))
+        label[top:top + rows] = dilated[first:end]
         before = piece[max(end - radius, 0):end]
     return label
 

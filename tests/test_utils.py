@@ -415,8 +415,10 @@ def test_bands_are_the_sliding_window_of_the_whole_image(tta, height, width, siz
 
 
 @pytest.mark.parametrize('rows', [1, 5, 2048])
-def test_dilation_in_pieces_is_that_of_the_whole(rows):
+@pytest.mark.parametrize('highest', [8, 65_535, 65_536])
+def test_dilation_in_pieces_is_that_of_the_whole(rows, highest):
     label = np.random.default_rng(0).integers(-30, 9, (40, 31)).clip(0)
+    label[label == 8] = highest
     for radius in (0, 1, 3):
         expected = ndimage.grey_dilation(label, footprint=disk(radius))
         assert np.array_equal(dilate(label.copy(), radius, rows), expected)
