@@ -1,6 +1,5 @@
 """Train FullNet: `python train.py`, with the options of options.py or the command line."""
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -13,7 +12,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
+import PIL
+import scipy
+import skimage
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -567,8 +570,8 @@ class Run:
 
     def save_info(self, *datasets):
         """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
-        packages = {name: importlib.metadata.version(name)
-                    for name in ('torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'Pillow')}
+        packages = {'torch': torch, 'numpy': np, 'scipy': scipy, 'scikit-image': skimage, 'opencv': cv2, 'Pillow': PIL}
+        packages = {name: module.__version__ for name, module in packages.items()}
         files = {str(path): sha256_of(path)
                  for dataset in datasets for item in dataset.items for path in item}
         info = {'python': platform.python_version(), 'packages': packages, 'commit': git_commit(Path(__file__).parent),

@@ -24,8 +24,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
-import SimpleITK as sitk
 import tifffile
 import torch
 from PIL import Image
@@ -73,12 +73,13 @@ class PlainLossVariance(nn.Module):
 
 
 class PlainElastic(RandomElastic):
-    """The elastic deformation as published: every channel of every image is resampled on its own."""
+    """The elastic deformation as published: SimpleITK resamples every channel of every image on its own."""
 
     def apply(self, images, parameters):
         return [Image.merge(image.mode, [self.warp(band, parameters) for band in image.split()]) for image in images]
 
     def warp(self, band, parameters):
+        import SimpleITK as sitk
         image = sitk.GetImageFromArray(np.asarray(band))
         spline = sitk.BSplineTransformInitializer(image, [self.n, self.n], 3)
         spline.SetParameters(parameters.tolist())
@@ -141,8 +142,8 @@ def print_table(header, rows):
 
 
 def print_times(seconds, unit, count):
-    """Median and minimum of each row, and its speed relative to 'plain'."""
-    plain = seconds['plain']
+    """Median and minimum of each row, and its speed relative to 'plain', or where that was not run, to the first."""
+    plain = seconds.get('plain', next(iter(seconds.values())))
     print_table(('', 'median ms', 'min ms', f'{unit}/s (median)', 'x plain (median)', 'x plain (min)'),
                 [(name, f'{statistics.median(s) * 1e3:.1f}', f'{min(s) * 1e3:.1f}',
                   f'{count / statistics.median(s):.2f}',
@@ -274,9 +275,9 @@ def benchmark_loss(args):
 
 
 def benchmark_loader(args):
-    itk_threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    cv2_threads = cv2.getNumThreads()
     torch.set_num_threads(1)        # as in a worker of the data loader
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
     image, label = (Image.fromarray(rng.integers(0, 255, (250, 250, 3), dtype=np.uint8)) for _ in range(2))
     weight = Image.fromarray(rng.integers(0, 255, (250, 250), dtype=np.uint8))
@@ -284,15 +285,21 @@ def benchmark_loader(args):
         'scale': 250, 'random_resize': [0.8, 1.25], 'horizontal_flip': True, 'vertical_flip': True,
         'random_affine': 0.3, 'random_elastic': [6, 15], 'random_rotation': 90, 'random_crop': SIZE,
         'label_encoding': 1, 'to_tensor': 1, 'normalize': np.array([[0.7, 0.5, 0.7], [0.2, 0.2, 0.2]])})
-    plain = copy.deepcopy(ours)
-    plain.transforms = [PlainElastic(t.n, t.sigma) if isinstance(t, RandomElastic) else t for t in plain.transforms]
-    generator = {name: np.random.default_rng(0) for name in ('plain', 'ours')}
+    versions = {'ours': ours}
+    try:
+        import SimpleITK as sitk
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+        plain = copy.deepcopy(ours)
+        plain.transforms = [PlainElastic(t.n, t.sigma) if isinstance(t, RandomElastic) else t for t in plain.transforms]
+        versions = {'plain': plain, 'ours': ours}
+    except ImportError:
+        print('SimpleITK is not installed, so that there is no plain version to compare with')
+    generators = {name: np.random.default_rng(0) for name in versions}
     print('All eleven transforms on a patch of 250 x 250, one thread')
-    functions = {'plain': lambda: plain([image, weight, label], generator['plain']),
-                 'ours': lambda: ours([image, weight, label], generator['ours'])}
+    functions = {name: partial(version, [image, weight, label], generators[name]) for name, version in versions.items()}
     print_times(take_turns(functions, 10 * args.repeats), 'patches', 1)
     torch.set_num_threads(args.threads)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(itk_threads)
+    cv2.setNumThreads(cv2_threads)
 
 
 def made_up_label(n, size=1000, seed=0):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from miniature import nuclei
+from miniature import SMALL, make_multi_organ, nuclei
 from PIL import Image
 
 from scripts import demo_report
@@ -107,3 +107,19 @@ def test_raw_images_are_scored_without_and_with_color_norm(tmp_path):
     for words, message in (((), 'usage: sh scripts/score_raw_images.sh TIFFS'), (('nowhere',), 'nowhere')):
         refused = run(*words)
         assert refused.returncode == 2 and message in refused.stderr and 'Traceback' not in refused.stderr
+
+
+def test_training_testing_and_the_benchmark_need_no_simpleitk(tmp_path):
+    data = make_multi_organ(tmp_path / 'data')
+    (tmp_path / 'hidden').mkdir()
+    (tmp_path / 'hidden/SimpleITK.py').write_text('raise ImportError("hidden")')
+    words = [*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')]
+    program = (f'import train, test; from scripts import benchmark; train.main({words}); '
+               f'test.main(["--model-path", {str(tmp_path / "run/checkpoints/checkpoint_best.pth.tar")!r}, "--img-dir", '
+               f'{str(data / "images/val")!r}, "--tta", "none", "--gpu", "cpu"]); '
+               f'benchmark.main(["loader", "--repeats", "1"])')
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {'PYTHONPATH': f'{tmp_path / "hidden"}{os.pathsep}{root}'}
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'SimpleITK is not installed' in done.stdout and 'ours' in done.stdout

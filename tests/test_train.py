@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
 from miniature import SMALL, make_glas, make_multi_organ
 from PIL import Image
@@ -82,6 +83,7 @@ def test_a_run_writes_what_the_paper_s_code_writes_and_more(base, data):
 def test_run_info_records_versions_seed_and_files(base, data):
     info = json.loads((base[2] / 'run_info.json').read_text())
     assert info['packages']['torch'].split('+')[0] == torch.__version__.split('+')[0]
+    assert info['packages']['scikit-image'] == skimage.__version__ and len(info['packages']) == 6
     assert info['seed'] == TRAIN['seed'].default
     names = {Path(name).name for name in info['files']}
     assert {'train_0.png', 'train_0_label.png', 'val_0_weight.png'} <= names and len(names) == 15
