@@ -98,7 +98,7 @@ def main(argv=None):
         log.info(f'resumed from {train["checkpoint"]}: {state.epoch} epochs and {state.batch} steps done')
 
     # 5. epochs
-    with StopRequest(processes) as stop, run, processes.watched(run.how_to_go_on):
+    with StopRequest(processes) as stop, run, processes.watched(run.how_to_go_on), memory_watched(run):
         network = processes.share(model)
         compiled = torch.compile(network, dynamic=False) if train['compile'] else network
         batches.start_at(state.epoch, state.batch)
@@ -201,6 +201,19 @@ def loader_processes(workers, processes):
         return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return max(1, min(16, usable - 1) // int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
+
+
+@contextlib.contextmanager
+def memory_watched(run):
+    """Raises InputError that says what takes memory, where in the block that of a GPU does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and 'CUDA error: out of memory' not in str(error):
+            raise
+        said = str(error).splitlines()[0][:100]
+        raise InputError(f'not enough memory on the GPU ({said}); give --amp True, or begin a new run with a smaller '
+                         f'--batch-size or --input-size; {run.last_good()}') from error
 
 
 def share_of_images(n_images, processes):

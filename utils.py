@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import itertools
+import math
 import os
 import pickle
 import platform
@@ -75,8 +76,9 @@ def run_script(main):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')         # file names that the terminal cannot show
     warnings.showwarning = lambda message, *_: _say(f'note: {message}')
-    if int(os.environ.get('RANK', 0)) > 0:                        # of the processes that torchrun started one speaks
-        sys.stdout = open(os.devnull, 'w')
+    with contextlib.suppress(InputError):                         # which `Processes` raises, where there are any
+        if place_among_processes()[0] > 0:                        # of those that torchrun started one speaks
+            sys.stdout = open(os.devnull, 'w')
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
     try:
         for word in sys.argv[1:]:
@@ -319,7 +321,8 @@ def save_instances(path, label):
 def choose_device(gpu='auto', process=0, n_processes=1):
     """The torch device for the `gpu` option: 'auto' = CUDA, Apple MPS or CPU, whichever is there first; [] = CPU; a
     list of CUDA numbers. Of several processes on this machine, `process` is the number of this one, and each gets a GPU
-    of its own. Raises InputError if a GPU is not there, or if one process is to use several.
+    of its own. Raises InputError if a GPU is not there or cannot be used, or if one process is to use several; for
+    'auto' and one process, a GPU that cannot be used is a note, and the CPU is taken.
     """
     count = torch.cuda.device_count()
     if gpu == 'auto' and n_processes == 1 and count == 0:
@@ -337,7 +340,56 @@ def choose_device(gpu='auto', process=0, n_processes=1):
     if process >= len(numbers):
         raise InputError(f'torchrun started more processes on this machine than the {len(numbers)} GPUs there are for '
                          f'them; use --nproc-per-node {len(numbers)}, or --gpu cpu')
-    return torch.device('cuda', numbers[process])
+    device = torch.device('cuda', numbers[process])
+    problem = problem_of(device)
+    if problem and gpu == 'auto' and n_processes == 1:
+        warnings.warn(f'GPU {device.index} cannot be used ({problem}); the CPU is used instead', stacklevel=2)
+        return torch.device('cpu')
+    if problem:
+        raise InputError(f'GPU {device.index} cannot be used ({problem}); use --gpu cpu, or a PyTorch that fits the '
+                         f'GPU and its driver')
+    return device
+
+
+def problem_of(device):
+    """Why nothing can be computed on a device that was found, one line; None if all is well."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                       # PyTorch's, of many lines, on what the error says
+            torch.zeros(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def place_among_processes():
+    """(rank, local rank, count): the number of this process on all machines and on its own, and how many there are.
+
+    torchrun's environment variables say so; without them it is (0, 0, 1). Raises InputError if one of them is missing,
+    empty or no such number.
+    """
+    names = 'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    if not values.keys() & {'WORLD_SIZE', 'RANK', 'LOCAL_RANK'}:
+        return 0, 0, 1
+    if values.get('WORLD_SIZE') == '1':            # other launchers leave this too; one process has nobody to speak to
+        values = {'RANK': '0', 'LOCAL_RANK': '0', **values, 'MASTER_PORT': '0', 'MASTER_ADDR': 'none'}
+
+    def problem(name):
+        value = values.get(name)
+        if not value:
+            return 'missing' if value is None else 'empty'
+        if name == 'MASTER_ADDR':
+            return None
+        if not re.fullmatch('[0-9]{1,9}', value):
+            return f'{value!r}, expected a number'
+        end = {'WORLD_SIZE': math.inf, 'MASTER_PORT': 2 ** 16}.get(name) or int(values['WORLD_SIZE'])
+        return f'{value}, expected less than {end}' if int(value) >= end else None
+
+    for name in names:
+        if problem(name):
+            raise InputError(f'the environment variable {name} is {problem(name)}; torchrun sets {", ".join(names)}: '
+                             f'start with torchrun, or as a single process after: unset RANK LOCAL_RANK WORLD_SIZE')
+    return tuple(int(values[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
 
 
 class Processes:
@@ -345,12 +397,13 @@ class Processes:
     nothing.
 
     rank: number of this process, from 0. count: how many there are, on all machines. device: of this one. quiet: what
-    tqdm's `disable` should be. Raises InputError for GPUs that are not there.
+    tqdm's `disable` should be. Raises InputError for GPUs that are not there, and where torchrun's variables are not
+    whole.
     """
 
     def __init__(self, gpu='auto'):
-        self.rank, self.count = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.device = choose_device(gpu, int(os.environ.get('LOCAL_RANK', 0)), self.count)
+        self.rank, local_rank, self.count = place_among_processes()
+        self.device = choose_device(gpu, local_rank, self.count)
         self.quiet = True if self.rank > 0 else None
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
@@ -364,9 +417,10 @@ class Processes:
     def _reduce(self, values, operation):
         if self.count == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(tensor, operation)
-        return tensor.tolist()
+        # kept: gloo's thread would need the interpreter to free it, which in torch 2.6 waits for that thread in `end`
+        self.last = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(self.last, operation)
+        return self.last.tolist()
 
     def sums(self, values):
         """Each of the numbers, summed over the processes."""

@@ -114,12 +114,12 @@ def test_training_testing_and_the_benchmark_need_no_simpleitk(tmp_path):
     (tmp_path / 'hidden').mkdir()
     (tmp_path / 'hidden/SimpleITK.py').write_text('raise ImportError("hidden")')
     words = [*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')]
-    program = (f'import train, test; from scripts import benchmark; train.main({words}); '
-               f'test.main(["--model-path", {str(tmp_path / "run/checkpoints/checkpoint_best.pth.tar")!r}, "--img-dir", '
-               f'{str(data / "images/val")!r}, "--tta", "none", "--gpu", "cpu"]); '
+    weights, images = tmp_path / 'run/checkpoints/checkpoint_best.pth.tar', data / 'images/val'
+    program = (f'import train, test; from scripts import benchmark; train.main({words}); test.main(["--model-path", '
+               f'{str(weights)!r}, "--img-dir", {str(images)!r}, "--tta", "none", "--gpu", "cpu"]); '
                f'benchmark.main(["loader", "--repeats", "1"])')
     root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {'PYTHONPATH': f'{tmp_path / "hidden"}{os.pathsep}{root}'}
-    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': f'{tmp_path / "hidden"}{os.pathsep}{root}'})
     assert done.returncode == 0, done.stderr
     assert 'SimpleITK is not installed' in done.stdout and 'ours' in done.stdout

@@ -1,6 +1,7 @@
 """Training through its command line: what is written, what every option changes, exact resume, what is refused."""
 import argparse
 import errno
+import itertools
 import json
 import math
 import os
@@ -512,6 +513,24 @@ def test_kill_leaves_a_checkpoint_that_can_be_resumed(data, tmp_path):
         words = ['--checkpoint-path', str(path)]
     train.main([*words, '--epochs', str(step // 2 + 2)])
     assert load_checkpoint(path)['epoch'] == step // 2 + 2
+
+
+@pytest.mark.parametrize('kind, said', [(torch.OutOfMemoryError, 'CUDA out of memory. Tried to allocate 2.00 GiB.'),
+                                        (RuntimeError, 'CUDA error: out of memory')])
+def test_too_little_memory_on_the_gpu_is_one_line_with_what_helps(data, tmp_path, monkeypatch, kind, said):
+    step, steps = torch.optim.Adam.step, itertools.count()
+
+    def fail(self, *rest):
+        if next(steps):
+            raise kind(f'{said}\nmore')
+        return step(self, *rest)
+    monkeypatch.setattr(torch.optim.Adam, 'step', fail)
+    with pytest.raises(InputError) as refused:
+        run(data, tmp_path / 'run', '--checkpoint-minutes', '0')
+    path = tmp_path / 'run/checkpoints/checkpoint.pth.tar'
+    assert str(refused.value) == (f'not enough memory on the GPU ({said}); give --amp True, or begin a new run with a '
+                                  f'smaller --batch-size or --input-size; the last good checkpoint is {path}')
+    assert load_checkpoint(path)['step'] == 1
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(base, data, tmp_path, monkeypatch):

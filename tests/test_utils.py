@@ -1,4 +1,5 @@
 """Sliding window, test-time augmentation, post-processing, checkpoints, safe saving, exit codes."""
+import os
 import pickle
 import signal
 import subprocess
@@ -337,6 +338,77 @@ def test_gpu_option_chooses_the_device():
     assert choose_device('auto').type in ('cpu', 'cuda', 'mps')
     with pytest.raises(InputError, match=r'--gpu asks for GPU 99, but \d+ CUDA GPUs were found'):
         choose_device([99])
+
+
+def test_a_gpu_that_cannot_be_used_is_a_note_where_another_device_will_do(monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError('CUDA error: no kernel image is available for execution on the device\nmore')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch, 'zeros', fail)
+    reason = r'cannot be used \(CUDA error: no kernel image is available for execution on the device\)'
+    with pytest.warns(UserWarning, match=f'^GPU 0 {reason}; the CPU is used instead$'):
+        assert choose_device('auto').type == 'cpu'
+    for words in (([0],), ([0], 0, 2), ('auto', 0, 2)):
+        with pytest.raises(InputError, match=f'^GPU 0 {reason}; use --gpu cpu, or a PyTorch that fits'):
+            choose_device(*words)
+    assert choose_device([]).type == 'cpu'
+
+
+def test_a_gpu_without_its_driver_or_cuda_is_no_traceback(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.warns(UserWarning, match=r'GPU 0 cannot be used \(.+\); the CPU is used instead'):
+        assert choose_device('auto').type == 'cpu'
+
+
+WHOLE = {'RANK': '1', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
+
+
+def set_variables(monkeypatch, values):
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize('values, place', [
+    ({}, (0, 0, 1)), ({'MASTER_ADDR': '', 'MASTER_PORT': 'x'}, (0, 0, 1)), ({'WORLD_SIZE': '1'}, (0, 0, 1)),
+    ({'WORLD_SIZE': '1', 'RANK': '0'}, (0, 0, 1)), (WHOLE | {'WORLD_SIZE': '1', 'RANK': '0'}, (0, 0, 1)),
+    (WHOLE, (1, 0, 2)),
+])
+def test_the_place_among_the_processes_of_torchrun(monkeypatch, values, place):
+    set_variables(monkeypatch, values)
+    assert utils.place_among_processes() == place
+
+
+@pytest.mark.parametrize('values, message', [
+    ({'RANK': '1'}, 'WORLD_SIZE is missing'), ({'RANK': '0'}, 'WORLD_SIZE is missing'),
+    ({'LOCAL_RANK': '1'}, 'WORLD_SIZE is missing'), ({'WORLD_SIZE': '2'}, 'RANK is missing'),
+    ({'WORLD_SIZE': '1', 'RANK': ''}, 'RANK is empty'),
+    ({'WORLD_SIZE': '1', 'RANK': '1'}, 'RANK is 1, expected less than 1'),
+    *(({key: value for key, value in WHOLE.items() if key != name}, f'{name} is missing') for name in WHOLE),
+    *((WHOLE | {name: ''}, f'{name} is empty') for name in WHOLE),
+    *((WHOLE | {name: 'x'}, f"{name} is 'x', expected a number") for name in WHOLE if name != 'MASTER_ADDR'),
+    (WHOLE | {'RANK': '-1'}, "RANK is '-1', expected a number"),
+    (WHOLE | {'RANK': '2'}, 'RANK is 2, expected less than 2'),
+    (WHOLE | {'LOCAL_RANK': '2'}, 'LOCAL_RANK is 2, expected less than 2'),
+    (WHOLE | {'WORLD_SIZE': '0'}, 'RANK is 1, expected less than 0'),
+    (WHOLE | {'MASTER_PORT': '65536'}, 'MASTER_PORT is 65536, expected less than 65536'),
+])
+def test_variables_of_torchrun_that_are_half_there_are_refused(monkeypatch, values, message):
+    set_variables(monkeypatch, values)
+    with pytest.raises(InputError, match=f'^the environment variable {message}; torchrun sets WORLD_SIZE, RANK'):
+        utils.place_among_processes()
+
+
+@pytest.mark.parametrize('value', ['1', '', 'x'])
+def test_a_rank_alone_is_one_line_and_exit_code_2(value):
+    program = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import utils; utils.run_script(utils.Processes)'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
+                          env={name: text for name, text in os.environ.items() if name not in WHOLE} | {'RANK': value})
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: the environment variable WORLD_SIZE is missing; torchrun sets')
 
 
 @pytest.mark.parametrize('body, code, words', [
