@@ -4,16 +4,21 @@
                                 [--batch 2] [--repeats 5] [--threads 2]
     python scripts/benchmark.py windows --model-path CHECKPOINT --image IMAGE --label LABEL
     python scripts/benchmark.py large --model-path CHECKPOINT --image IMAGE [--size 10000]
+    python scripts/benchmark.py gpu
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
 ternary labels, weight maps and metrics; 'plain, channels last' has our loss. The versions take turns in every repeat,
 so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory runs each
 version in a process of its own, and the plain one needs about 20 GB at batch 8. windows shows what larger windows buy;
-large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own.
+large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own. gpu compares, on a CUDA
+GPU, the published way (float32, channels first, our loss with a loop over instances, window by window) with ours:
+training steps, whole epochs with loader and validation, windows and a whole image in testing, memory.
 """
 import argparse
+import contextlib
 import copy
+import math
 import os
 import resource
 import statistics
@@ -21,8 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -37,15 +44,19 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import train                                                                        # noqa: E402
 from dataset import read_image, read_instance_label                                 # noqa: E402
 from FullNet import FullNet                                                          # noqa: E402
 from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy    # noqa: E402
 from my_transforms import RandomElastic, get_transforms                              # noqa: E402
+from options import Options                                                          # noqa: E402
 from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,     # noqa: E402
                           read_xml_regions, ternary_label)
 from test import score, segment                                                     # noqa: E402
-from utils import (InputError, Parser, gland_accuracy_object_level, load_checkpoint,  # noqa: E402
-                   nuclei_accuracy_object_level, run_script, standard_metrics, standard_metrics_of)
+from utils import (InputError, MixedPrecision, Parser, WeightAverage, accuracy_pixel_level,  # noqa: E402
+                   build_model, choose_device, gland_accuracy_object_level, load_checkpoint,
+                   nuclei_accuracy_object_level, put_on, run_script, save_checkpoint, save_image, split_forward,
+                   standard_metrics, standard_metrics_of, window_grid)
 from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
 
 SIZE = 208
@@ -151,10 +162,10 @@ def print_times(seconds, unit, count):
                  for name, s in seconds.items()])
 
 
-def gflop_per_patch(net):
+def gflop_per_patch(net, size=SIZE):
     """Multiplications and additions of one training step (forward, and twice that backward) for one patch, in 1e9."""
     weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d))
-    return 3 * 2 * weights * SIZE * SIZE / 1e9
+    return 3 * 2 * weights * size * size / 1e9
 
 
 def make_step(mode, batch):
@@ -528,6 +539,188 @@ def benchmark_large(args):
     print(f'written: {sizes}')
 
 
+@dataclass
+class GpuSizes:
+    """What benchmark.py gpu measures with."""
+    device: torch.device
+    batch: int = 8
+    crop: int = SIZE
+    image: int = 1000                                            # pixels of a side, in testing
+    patches: int = 192                                           # of an epoch, as Multi-Organ has
+    seconds: float = 3.0                                         # for each speed
+    product: int = 8192                                          # rows of the matrices that show what the card can do
+    network: tuple = ()                                          # model options of train.py
+    compile: bool = True
+
+    @property
+    def overlap(self):
+        """Of the windows in testing: 80 of 208, as published."""
+        return self.crop * 80 // SIZE
+
+
+def benchmark_gpu(args):
+    device = choose_device('auto')
+    if device.type != 'cuda':
+        raise InputError(f'gpu needs a CUDA GPU, and the best device here is {device}')
+    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}')
+    gpu_table(GpuSizes(device))
+
+
+def gpu_table(sizes):
+    """Measure and print it all."""
+    started = time.perf_counter()
+    a = torch.randn(sizes.product, sizes.product, device=sizes.device).bfloat16()
+    peak = 2 * sizes.product ** 3 * per_second(lambda: a @ a, sizes)
+    model = Options(isTrain=True).parse(sizes.network).model
+    work = gflop_per_patch(build_model(model), sizes.crop) * 1e9
+    versions = {'published': {}, 'ours': dict(ours=True), 'ours, amp': dict(ours=True, amp=True)}
+    if sizes.compile:
+        versions['ours, amp, compile'] = dict(ours=True, amp=True, compiled=True)
+    rows = []
+    for name, version in versions.items():
+        step, network = gpu_step(model, sizes, **version)
+        compiling = time.perf_counter()
+        step()
+        compiling = time.perf_counter() - compiling
+        if sizes.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        crops = sizes.batch * per_second(step, sizes)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if sizes.device.type == 'cuda' else math.nan
+        windows = '' if version.get('compiled') else f'{windows_per_second(network, sizes, **version):.1f}'
+        rows.append((name, f'{crops:.1f}', f'{memory:.1f}', f'{crops * work / peak:.1%}', windows, f'{compiling:.1f}'))
+        del step, network
+    print(f'Batches of {sizes.batch} crops of {sizes.crop} x {sizes.crop}, {work / 1e9:.0f} GFLOP each; a product of '
+          f'bfloat16 matrices reaches {peak / 1e12:.1f} TFLOP/s')
+    print_table(('', 'training, crops/s', 'peak GB', 'of the product', 'testing, windows/s', 'first step, s'), rows)
+    for name, words in (('published', ()), ('ours, amp', ('--amp', 'True'))):
+        epoch, validation = epoch_seconds(sizes, words, published=name == 'published')
+        print(f'{name}: epoch of {sizes.patches} patches with loader {epoch:.2f} s, validation of {sizes.patches // 3} '
+              f'patches {validation:.2f} s, image of {sizes.image} x {sizes.image} with --tta full '
+              f'{image_seconds(sizes, words):.2f} s')
+    print(f'measured in {time.perf_counter() - started:.0f} s')
+
+
+def per_second(function, sizes):
+    """How often a second a function runs, after three times that do not count."""
+    wait = torch.cuda.synchronize if sizes.device.type == 'cuda' else lambda: None
+    for _ in range(3):
+        function()
+    wait()
+    started, n = time.perf_counter(), 0
+    while n == 0 or time.perf_counter() - started < sizes.seconds:
+        function()
+        n += 1
+    wait()
+    return n / (time.perf_counter() - started)
+
+
+def gpu_step(model, sizes, ours=False, amp=False, compiled=False):
+    """(a training step as train.py does it, or as published; its network)."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = ours
+    network = build_model(model).train()
+    network = put_on(sizes.device, network) if ours else network.to(sizes.device)
+    forward = torch.compile(network, dynamic=False) if compiled else network
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    criterion, average = VarCELoss(), WeightAverage(network, 0.999)
+    image, target, weight = make_patches(sizes.batch, sizes.crop)
+    batch = image, (weight * 20).byte(), target.byte(), label_instances(target)
+    if sizes.device.type == 'cuda':
+        batch = [values.pin_memory() for values in batch]
+
+    def published_step():
+        image, target, weight = (values.to(sizes.device) for values in (batch[0], batch[2].long(), batch[1] / 20))
+        optimizer.zero_grad()
+        logits = network(image)
+        loss = plain_varce(logits, target, weight)
+        accuracy_pixel_level(logits.argmax(1).cpu().numpy(), target.cpu().numpy())
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    def step():
+        image, weight, target, instances = train.to_device(batch, sizes.device, True)
+        with MixedPrecision(sizes.device, amp).autocast():
+            logits = forward(image)
+        logits = logits.float()
+        losses = criterion(logits, target, weight, instances)
+        results = torch.stack([*losses, *train.pixel_results(logits, target)]).detach()
+        optimizer.zero_grad(set_to_none=True)
+        losses[0].backward()
+        results.tolist()
+        optimizer.step()
+        average.update()
+    return step if ours else published_step, network
+
+
+def windows_per_second(network, sizes, ours=False, amp=False):
+    """In testing, of a whole image."""
+    image = torch.randn(1, 3, sizes.image, sizes.image, device=sizes.device)
+    network.eval()
+
+    @torch.inference_mode()
+    def predict():
+        with MixedPrecision(sizes.device, amp).autocast():
+            split_forward(network, image, sizes.crop, sizes.overlap, n_windows=8 if ours else 1)
+    n = len(window_grid(sizes.image, sizes.crop, sizes.overlap)[1]) ** 2
+    return n * per_second(predict, sizes)
+
+
+def epoch_seconds(sizes, words, published):
+    """Seconds of an epoch and of a validation of train.py, medians, the first ones not counted."""
+    seconds = {'train_epoch': [], 'validate': []}
+
+    def timed(name, function):
+        def call(*arguments):
+            started = time.perf_counter()
+            result = function(*arguments)
+            seconds[name].append(time.perf_counter() - started)
+            return result
+        return call
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        write_made_up_data(Path(folder, 'data'), sizes)
+        for name in seconds:
+            stack.enter_context(mock.patch.object(train, name, timed(name, getattr(train, name))))
+        if published:                                            # channels first; the loss is ours
+            stack.enter_context(mock.patch.object(train, 'put_on', lambda device, network: network.to(device)))
+            stack.enter_context(mock.patch.object(train, 'windows_at_once', lambda device: 1))
+        stack.enter_context(mock.patch.object(train.log, 'addHandler', lambda handler: None))
+        train.main(['--data-dir', f'{folder}/data', '--save-dir', f'{folder}/run', '--epochs', '3', '--batch-size',
+                    str(sizes.batch), '--input-size', str(sizes.crop), '--grid-every', '0', *sizes.network, *words])
+    return [statistics.median(values[1:]) for values in seconds.values()]
+
+
+def write_made_up_data(folder, sizes):
+    """A prepared data set of MultiOrgan's layout: patches of 250 x 250, a third as many for validation."""
+    side = sizes.crop * 250 // SIZE
+    for part, count in (('train', sizes.patches), ('val', sizes.patches // 3)):
+        images, targets, weights = make_patches(8, side)
+        ternary = np.array([(0, 0, 255), (255, 0, 0), (0, 255, 0)], np.uint8)[targets.numpy()]
+        images = (images.numpy().transpose(0, 2, 3, 1) * 40 + 128).clip(0, 255).astype(np.uint8)
+        for i in range(count):
+            save_image(folder / f'images/{part}/{i}.png', images[i % 8])
+            save_image(folder / f'labels/{part}/{i}_label.png', ternary[i % 8])
+            save_image(folder / f'weight_maps/{part}/{i}_weight.png', (weights[i % 8].numpy() * 20).astype(np.uint8))
+    np.save(folder / 'mean_std.npy', np.array([[0.7, 0.5, 0.7], [0.2, 0.2, 0.2]]))
+
+
+def image_seconds(sizes, words):
+    """Seconds of test.py's `segment` for an image with full augmentation, the weights' loading included."""
+    words = [*words, *(() if words else ('--batch-size', '1')), '--patch-size', str(sizes.crop), '--overlap',
+             str(sizes.overlap)]
+    with tempfile.TemporaryDirectory() as folder:
+        model = Options(isTrain=True).parse(sizes.network)
+        save_checkpoint(f'{folder}/x.pth.tar', {'state_dict': build_model(model.model).state_dict(), 'optimizer': {},
+                                                'options': model.as_dict(), 'mean_std': [[0.7] * 3, [0.2] * 3]})
+        image = np.random.default_rng(0).integers(0, 255, (sizes.image, sizes.image, 3), dtype=np.uint8)
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            segment(image, f'{folder}/x.pth.tar', '--gpu', 'auto' if sizes.device.type == 'cuda' else 'cpu', *words)
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
 def one_image(args):
     imports = peak_memory()
     label = made_up_label(1900)
@@ -550,7 +743,8 @@ def main(argv=None):
              'large': (benchmark_large, ('model_path', 'image'))}
     parser = Parser(prog='scripts/benchmark.py', description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='?', default='all', choices=[*benchmarks, *needs, 'all', 'one_step', 'one_image'])
+    parser.add_argument('what', nargs='?', default='all',
+                        choices=[*benchmarks, *needs, 'gpu', 'all', 'one_step', 'one_image'])
     for name in ('model_path', 'image', 'label'):
         parser.add_argument('--' + name.replace('_', '-'), type=Path, help='for ' + ' and '.join(
             what for what, (_, names) in needs.items() if name in names))
@@ -574,6 +768,8 @@ def main(argv=None):
                     f'and there is no {path}' if path else 'a file; it was not given'))
             setattr(args, name, path.resolve())
         return function(args)
+    if args.what == 'gpu':
+        return benchmark_gpu(args)
     for name, functions in benchmarks.items():
         if args.what in (name, 'all'):
             for function in functions:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from miniature import SMALL, make_multi_organ, nuclei
 from PIL import Image
 
-from scripts import demo_report
+from scripts import benchmark, demo_report
 from utils import InputError, load_checkpoint, save_checkpoint, save_image, save_instances
 
 
@@ -36,6 +37,22 @@ def test_a_wrong_command_line_is_one_line(script, words, message):
         importlib.import_module(f'scripts.{script}').main(words.split())
     assert str(refused.value).startswith(message)
     assert 'needs' in message or str(refused.value).endswith(f'(see python scripts/{script}.py --help)')
+
+
+def test_the_gpu_benchmark_in_small_on_the_cpu(capsys):
+    network = ('--n-layers', '4', '--growth-rate', '2', '--dilations', '1', '--gpu', 'cpu', '--workers', '0',
+               '--val-overlap', '8')
+    benchmark.gpu_table(benchmark.GpuSizes(torch.device('cpu'), batch=2, crop=40, image=64, patches=3, seconds=0.01,
+                                           product=64, network=network, compile=False))
+    out = capsys.readouterr().out
+    table = {line[:15].strip(): line.split()[-5:] for line in out.splitlines()
+             if line.startswith(('published', 'ours')) and 'epoch' not in line}
+    assert list(table) == ['published', 'ours', 'ours, amp']
+    assert all(float(row[0]) > 0 and float(row[3]) > 0 for row in table.values())
+    assert out.count('epoch of 3 patches with loader') == 2
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match='gpu needs a CUDA GPU, and the best device here is'):
+            benchmark.main(['gpu'])
 
 
 TABLE = 'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.8\t0.7\t0.6\n'
