@@ -245,7 +245,7 @@ def probability_bands(model, opt, mean_std, device, image):
     scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
     batch_size = test['batch_size'] or windows_at_once(device)
-    precision = MixedPrecision(device, test['amp'])
+    precision = MixedPrecision(device, test['amp'], testing=True)
 
     def scaled(image):
         image = resize(image, test['scale_factor'], test['max_megapixels'])

@@ -490,16 +490,18 @@ class MixedPrecision:
     """Half precision where it is fast and enough, in the network; the loss stays in float32.
 
     CUDA: autocast to bfloat16, or to float16 with a scaled loss where there is no bfloat16. CPU: FullNet computes its
-    dense blocks in bfloat16 (FullNet.set_mode). Raises InputError for Apple MPS.
+    dense blocks in bfloat16 (FullNet.set_mode); in testing autocast is faster on a processor that has AMX, and only
+    there. Raises InputError for Apple MPS.
     """
 
-    def __init__(self, device, enabled):
+    def __init__(self, device, enabled, testing=False):
         if enabled and device.type == 'mps':
             raise InputError('--amp True works on CUDA GPUs and on the CPU, not on Apple MPS; leave it out')
-        self.device, self.enabled = device, enabled and device.type == 'cuda'
-        bfloat16 = not self.enabled or torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
+        cuda = enabled and device.type == 'cuda'
+        bfloat16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+        self.device, self.dtype = device, torch.bfloat16 if bfloat16 else torch.float16
+        self.enabled = cuda or (enabled and testing and torch.cpu._is_amx_tile_supported())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cuda and not bfloat16)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.enabled)

@@ -128,6 +128,27 @@ def test_images_without_labels(images):
         assert len(list((out / 'set_segmentation').glob('*_seg.tiff'))) == 2
 
 
+def test_amp_is_autocast_on_processors_with_amx_and_only_there(images, monkeypatch):
+    """autocast runs the plain modules, whose hooks are called; FastStage calls none."""
+    monkeypatch.setattr('FullNet.MIN_PIXELS', 0)
+    maps = {}
+    for amx in (False, True):
+        seen = set()
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+        load_model = test_script.load_model
+
+        def with_hooks(*arguments):
+            model = load_model(*arguments)
+            model.blocks.block1.denselayer1.conv.conv.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+            return model
+        with monkeypatch.context() as patch:
+            patch.setattr(test_script, 'load_model', with_hooks)
+            out = segment(images, '--amp', 'True', '--overwrite', 'True', '--save-dir', f'amx {amx}')
+        assert seen == ({torch.bfloat16} if amx else set())
+        maps[amx] = pixels(Path(f'amx {amx}/set_prob_maps/a_prob_inside.png')).astype(int)
+    assert 0 < np.abs(maps[True] - maps[False]).max() <= 0.02 * 255
+
+
 def test_segment_says_what_it_expects(trained):
     for image in (np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3)), Image.new('L', (64, 64))):
         with pytest.raises(InputError, match='segment was given .*; expected uint8'):
