@@ -26,6 +26,12 @@ import os, sys
 import torch
 import train
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+forward = torch.nn.BatchNorm2d.forward
+def count(self, x):                                  # the steps, which the average of the weights asks for
+    if torch.is_grad_enabled():
+        self.num_batches_tracked += 1
+    return forward(self, x)
+torch.nn.BatchNorm2d.forward = count
 gradients, step = [], torch.optim.Adam.step
 def keep(self, *rest):
     gradients.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group['params']]))
