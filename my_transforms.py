@@ -10,7 +10,8 @@ from PIL import Image
 from scipy.interpolate import BSpline
 from torch.nn import functional as F
 
-from utils import InputError, disk
+from support.script import InputError
+from utils import disk
 
 
 class Compose:

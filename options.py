@@ -3,102 +3,12 @@
 Edit the defaults here, or give any of them on the command line: `--batch-size 4`, `--n-layers 4`,
 `--transform.train.random_affine 0.2`. A default that depends on the data set is `by_dataset(...)`.
 """
-import json
-import math
-from pathlib import Path
-from typing import Any, Callable, NamedTuple
-
 from FullNet import LAYER_TYPES, NETWORKS, layer_dilations
-from utils import InputError, Parser, write_text
+from support.command_line import (CommandLine, Option, boolean, by_dataset, float_pair, gpu_list, int_tuple, numbers,
+                                  show, tta_mode, workers_count)
+from support.script import InputError
 
-DATASETS = ('MultiOrgan', 'GlaS')
-PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # empty only if left out
-
-
-class by_dataset(NamedTuple):
-    """A default that differs between the two data sets of the paper."""
-    MultiOrgan: Any
-    GlaS: Any
-
-
-class Option(NamedTuple):
-    """default value, how a word of the command line becomes a value, what it means, and what is allowed."""
-    default: Any
-    parse: Callable
-    help: str
-    choices: tuple = ()
-    at_least: float = None           # smallest allowed value
-    below: float = None              # allowed values are smaller than this
-    many: bool = False               # takes one or more words, parsed together
-    flags: tuple = ()                # further names on the command line
-
-
-# ---------------------------------------------------------------------------------------------------
-# How words become values
-# ---------------------------------------------------------------------------------------------------
-
-def boolean(word):
-    """True or False (published `--save-flag False` was true)."""
-    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
-    if word.lower() not in values:
-        raise ValueError('expected True or False')
-    return values[word.lower()]
-
-
-def tta_mode(word):
-    """full / flips / none; True and False are full and none."""
-    word = word.lower()
-    word = {'true': 'full', 'false': 'none'}.get(word, word)
-    if word not in ('full', 'flips', 'none'):
-        raise ValueError('expected full, flips or none')
-    return word
-
-
-def gpu_list(words):
-    """`01`, `0,1` and `0 1` are GPUs 0 and 1; `10,11` is 10 and 11; `cpu` is none; `auto` the best device there is."""
-    text = ' '.join(words)
-    if text in ('auto', 'cpu'):
-        return 'auto' if text == 'auto' else []
-    separated = text.replace(',', ' ').split()
-    if text.isdigit():
-        separated = list(text)                       # the published meaning: one digit, one GPU
-    if not separated or not all(word.isdigit() for word in separated):
-        raise ValueError('expected GPU numbers such as 0 or 0,1, or cpu, or auto')
-    return [int(word) for word in separated]
-
-
-def workers_count(word):
-    """A number of processes, or `auto`."""
-    if word != 'auto' and not word.isdigit():
-        raise ValueError('expected a whole number of at least 0, or auto')
-    return word if word == 'auto' else int(word)
-
-
-def int_tuple(words):
-    return tuple(int(word) for word in ' '.join(words).replace(',', ' ').split())
-
-
-def _numbers(count, kind=float):
-    def parse(words):
-        values = tuple(kind(word) for word in ' '.join(words).replace(',', ' ').split())
-        if len(values) != count:
-            raise ValueError(f'expected {count} number{"s" * (count > 1)}')
-        return values if count > 1 else values[0]
-    return parse
-
-
-def points_and_sigma(words):
-    points, sigma = _numbers(2)(words)
-    if not points.is_integer():
-        raise ValueError('expected a whole number of points and a sigma')
-    return int(points), sigma
-
-
-def float_pair(words):
-    values = tuple(float(word) for word in ' '.join(words).replace(',', ' ').split())
-    if len(values) != 2 or not values[0] < values[1]:
-        raise ValueError('expected two numbers LO HI with LO < HI')
-    return values
+DATASETS = by_dataset._fields                     # MultiOrgan, GlaS
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -223,7 +133,7 @@ PREPARE = dict(
     img_dir=Option('', str, "one's own images, instead of raw_dir"),
     label_dir=Option('', str, 'their instance labels'),
     split=Option('', str, "JSON file {split: [names]} for one's own images"),
-    fractions=Option((0.7, 0.15, 0.15), _numbers(3), 'without --split: shares of train, val and test', many=True),
+    fractions=Option((0.7, 0.15, 0.15), numbers(3), 'without --split: shares of train, val and test', many=True),
     others=Option('', str, "split that MoNuSeg images outside the published one go to; '' = they are left out",
                   choices=('', 'train', 'val', 'test_same', 'test_diff')),
     anchor=Option('auto', str, 'image whose colours the others get: a name in raw_dir or img_dir, or a file; auto = '
@@ -247,180 +157,25 @@ SCRIPT_GROUPS = {
     'test': dict(model=MODEL, test=TEST, post=POST),
     'prepare': dict(prepare=PREPARE),
 }
-SCRIPT_TRANSFORMS = {'train': ('train', 'val'), 'test': ('test',), 'prepare': ()}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Transforms on the command line
-# ---------------------------------------------------------------------------------------------------
-
-TRANSFORM_PARSERS = {                 # in the order in which transforms are applied
-    'scale': _numbers(1, int),
-    'random_resize': _numbers(2),
-    'horizontal_flip': lambda words: boolean(' '.join(words)),
-    'vertical_flip': lambda words: boolean(' '.join(words)),
-    'random_affine': _numbers(1),
-    'random_elastic': points_and_sigma,
-    'random_rotation': _numbers(1),
-    'random_crop': _numbers(1, int),
-    'label_encoding': _numbers(1, int),
-    'to_tensor': _numbers(1, int),
-    'normalize': lambda words: boolean(' '.join(words)),
-}
-
-
-def set_transform(transforms, name, value):
-    """A copy of the ordered dict `transforms` with `name` set in its usual place, or removed if `value` is None."""
-    if name in transforms or value is None:
-        changed = {**transforms, name: value}
-        return {key: changed[key] for key in changed if changed[key] is not None}
-    order = list(TRANSFORM_PARSERS)
-    before = [key for key in transforms if order.index(key) < order.index(name)]
-    return {**{key: transforms[key] for key in before}, name: value,
-            **{key: transforms[key] for key in transforms if key not in before}}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------
-
-class Options:
+class Options(CommandLine):
     """The option groups of one script as dictionaries: `opt.model['n_layers']`, `opt.train['lr']`, ...
 
-    isTrain: True for train.py, False for test.py; `script='prepare'` for prepare_data.py. `given` holds the
-    (group, name) of what came from the command line. Raises InputError for values that are not allowed.
+    isTrain: True for train.py, False for test.py; `script='prepare'` for prepare_data.py. `parse(argv)` reads the
+    command line over the defaults. Raises InputError for values that are not allowed.
     """
 
     def __init__(self, isTrain=True, script=None):
-        self.script = script or ('train' if isTrain else 'test')
-        self.groups = SCRIPT_GROUPS[self.script]
-        self.dataset_flags = ('--dataset', '--like') if self.script == 'prepare' else ('--dataset',)
-        self.given = set()
+        script = script or ('train' if isTrain else 'test')
+        splits = {'train': ('train', 'val'), 'test': ('test',), 'prepare': ()}
+        transforms = {split: by_dataset(*(values[split] for values in TRANSFORM)) for split in splits[script]}
+        super().__init__(script, DATASET, SCRIPT_GROUPS[script], transforms,
+                         ('--dataset', '--like') if script == 'prepare' else ('--dataset',))
 
-    def parse(self, argv=None):
-        """Read the command line (`sys.argv` if `argv` is None) over the defaults; returns self."""
-        first = Parser(add_help=False, prog=f'{self.script}.py', allow_abbrev=False)
-        first.add_argument(*self.dataset_flags, dest='dataset', choices=DATASETS)
-        dataset = first.parse_known_args(argv)[0].dataset
-        if dataset:
-            self.given.add(('', 'dataset'))
-        self.dataset = dataset or DATASET.default
-
-        defaults = self._defaults()
-        words = vars(self._parser(defaults).parse_args(argv))
-        for group, options in self.groups.items():
-            values = dict(defaults[group])
-            for name, option in options.items():
-                given = words[f'{group}.{name}']
-                if given is not None:
-                    values[name] = self._convert(name, option, given)
-                    self.given.add((group, name))
-            setattr(self, group, values)
-        self.transform = {}
-        for split in SCRIPT_TRANSFORMS[self.script]:
-            transforms = dict(getattr(TRANSFORM, self.dataset)[split])
-            for name in TRANSFORM_PARSERS:
-                given = words[f'transform.{split}.{name}']
-                if given is not None:
-                    option = Option(None, TRANSFORM_PARSERS[name], '', many=True)
-                    value = None if given == ['none'] else self._convert(f'transform.{split}.{name}', option, given)
-                    transforms = set_transform(transforms, name, value)
-                    self.given.add((f'transform.{split}', name))
-            self.transform[split] = transforms
-        self._resolve()
-        self._check()
-        return self
-
-    def _defaults(self):
-        return {group: {name: getattr(option.default, self.dataset) if isinstance(option.default, by_dataset)
-                        else option.default for name, option in options.items()}
-                for group, options in self.groups.items()}
-
-    def _parser(self, defaults):
-        program = {'train': 'train.py', 'test': 'test.py', 'prepare': 'prepare_data.py'}[self.script]
-        parser = Parser(prog=program, allow_abbrev=False, description=f'Options of {program}; defaults in options.py.')
-        parser.add_argument(*self.dataset_flags, dest='dataset', default=DATASET.default, choices=DATASETS,
-                            help=DATASET.help)
-        for group, options in self.groups.items():
-            section = parser.add_argument_group(group)
-            for name, option in options.items():
-                choices = f' ({", ".join(filter(None, option.choices))})' if option.choices else ''
-                words = dict(nargs='+') if option.many else \
-                    dict(nargs='?', const='True') if option.parse is boolean else {}            # --amp means --amp True
-                text = f'{option.help}{choices} [{_show(defaults[group][name])}]'.replace('%', '%%')
-                section.add_argument('--' + name.replace('_', '-'), *option.flags, dest=f'{group}.{name}',
-                                     metavar=name.upper(), help=text, **words)
-        for split in SCRIPT_TRANSFORMS[self.script]:
-            section = parser.add_argument_group(f'transform.{split}',
-                                                'as in TRANSFORM of options.py; `none` removes one')
-            now = getattr(TRANSFORM, self.dataset)[split]
-            for name in TRANSFORM_PARSERS:
-                section.add_argument(f'--transform.{split}.{name}', nargs='+', metavar='VALUE',
-                                     help=f'[{_show(now.get(name, "none"))}]')
-        return parser
-
-    @staticmethod
-    def _convert(name, option, given):
-        flag = name if name.startswith('transform.') else name.replace('_', '-')
-        try:
-            value = option.parse(given)
-        except (ValueError, IndexError) as error:
-            shown = ' '.join(given) if option.many else given
-            reason = str(error) if str(error).startswith('expected') else \
-                f'expected {"a whole number" if option.parse is int else "a number"}'
-            raise InputError(f"--{flag} is '{shown}'; {reason}") from error
-        return value
-
-    def _resolve(self):
-        """Fill in what depends on other options: {dataset}, {run} and {epoch} in paths, input_size in transforms."""
-        for group in self.groups:
-            values = getattr(self, group)
-            run = self._run_number(values.get('epoch')) if group in ('train', 'test') else None
-            for name, value in values.items():
-                if isinstance(value, str) and (group, name) not in self.given:
-                    values[name] = value.format(dataset=self.dataset, run=run, epoch=values.get('epoch'))
-        if self.script == 'train':
-            crop = self.transform['train']
-            if crop.get('random_crop') == 'input_size':
-                crop['random_crop'] = self.train['input_size']
-        if self.script == 'test' and ('test', 'img_dir') in self.given and ('test', 'label_dir') not in self.given:
-            self.test['label_dir'] = ''
-        # without --save-dir, a run that is resumed and the results of a checkpoint stay in its run folder
-        if self.script == 'train' and ('train', 'save_dir') not in self.given:
-            self.train['save_dir'] = run_of(self.train['checkpoint']) or self.train['save_dir']
-        if self.script == 'test' and ('test', 'model_path') in self.given and ('test', 'save_dir') not in self.given:
-            self.test['save_dir'] = results_folder(self.test['model_path'], self.dataset)
-
-    def _run_number(self, epoch):
-        """Training takes the next free number in ./experiments/{dataset}, testing the newest that has the checkpoint.
-
-        Where none has it, the newest; 1 if there is none.
-        """
-        folder = Path('experiments') / self.dataset
-        numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-        if self.script == 'train':
-            return max(numbers, default=0) + 1
-        saved = [n for n in numbers if (folder / str(n) / 'checkpoints' / f'checkpoint_{epoch}.pth.tar').is_file()]
-        return max(saved or numbers, default=1)
-
-    def _check(self):
-        for group, options in self.groups.items():
-            for name, option in options.items():
-                value, flag = getattr(self, group)[name], '--' + name.replace('_', '-')
-                if value == '' and (group, name) in self.given and name in PATHS:          # "$UNSET" in a shell
-                    raise InputError(f"{flag} is ''; expected a path, or leave it out")
-                if option.choices and value not in option.choices:
-                    raise InputError(f"{flag} is '{value}'; expected one of "
-                                     + ', '.join(choice or "''" for choice in option.choices))
-                if option.at_least is not None and not value >= option.at_least:      # `not >=` also catches NaN
-                    raise InputError(f'{flag} is {value}; expected at least {option.at_least}')
-                if option.below is not None and not value < option.below:
-                    raise InputError(f'{flag} is {value}; expected less than {option.below}')
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise InputError(f'{flag} is {value}; expected a finite number')
-        if hasattr(self, 'model'):
+    def check(self):
+        if self.script != 'prepare':
             self._check_model()
-        self._check_transforms()
         if self.script == 'train' and self.train['val_overlap'] >= self.train['input_size']:
             raise InputError(f'--val-overlap is {self.train["val_overlap"]}; expected less than '
                              f'--input-size, {self.train["input_size"]}')
@@ -431,89 +186,15 @@ class Options:
             raise InputError(f'--overlap is {self.test["overlap"]}; expected less than '
                              f'--patch-size, {self.test["patch_size"]}')
 
-    def _check_transforms(self):
-        at_least = {'scale': 1, 'random_crop': 1, 'label_encoding': 0, 'random_affine': 0, 'random_rotation': 0}
-        for split, transforms in self.transform.items():
-            for name, value in transforms.items():
-                flag = f'--transform.{split}.{name}'
-                if split == 'test' and name not in ('scale', 'to_tensor', 'normalize'):
-                    raise InputError(f'{flag} is {_show(value)}; expected none: in testing images may be scaled and '
-                                     f'normalised, nothing else')
-                if not all(math.isfinite(x) for x in (value if isinstance(value, (tuple, list)) else [value])):
-                    raise InputError(f'{flag} is {_show(value)}; expected finite numbers')
-                if name in at_least and not value >= at_least[name]:
-                    raise InputError(f'{flag} is {value}; expected at least {at_least[name]}')
-                if name == 'random_resize' and not 0 < value[0] <= value[1]:
-                    raise InputError(f'{flag} is {_show(value)}; expected two factors LO HI with 0 < LO <= HI')
-                if name == 'random_elastic' and not (value[0] >= 1 and value[1] >= 0):
-                    raise InputError(f'{flag} is {_show(value)}; expected at least 1 point and a sigma of at least 0')
-            if transforms.get('to_tensor') != 1:
-                raise InputError(f'--transform.{split}.to_tensor is {transforms.get("to_tensor", "none")}; expected 1: '
-                                 f'the image becomes numbers, weight map and label stay whole numbers')
-            if 'label_encoding' not in transforms and split != 'test':
-                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: losses need classes')
-
     def _check_model(self):
         if self.model['in_c'] != 3:
             raise InputError(f'--in-c is {self.model["in_c"]}; expected 3: all images are read as RGB')
         dilations = self.model['dilations']
         if not dilations or min(dilations) < 1:
-            raise InputError(f'--dilations is {_show(dilations) if dilations else "empty"}; expected one or more '
+            raise InputError(f'--dilations is {show(dilations) if dilations else "empty"}; expected one or more '
                              f'numbers of at least 1')
         for dilation in dilations:
             try:
                 layer_dilations(dilation, self.model['n_layers'], self.model['is_hybrid'])
             except ValueError as error:
                 raise InputError(f'--dilations, --n-layers: {error}') from error
-
-    def as_dict(self):
-        """All groups in one nested dict of plain values, for JSON."""
-        return {'dataset': self.dataset, **{group: getattr(self, group) for group in self.groups},
-                'transform': self.transform}
-
-    def describe(self):
-        """All options as text, one per line; changed ones are marked with their default."""
-        lines = [f'dataset: {self.dataset}']
-        defaults = self._defaults()
-        for group, options in self.groups.items():
-            lines.append(f'\n[{group}]')
-            for name in options:
-                default = defaults[group][name]
-                filled_in = '{' in str(default) and (group, name) not in self.given
-                changed = _show(getattr(self, group)[name]) != _show(default) and not filled_in
-                mark = f'    [default: {_show(default)}]' if changed else ''
-                lines.append(f'{name}: {_show(getattr(self, group)[name])}{mark}')
-        for split, transforms in self.transform.items():
-            lines.append(f'\n[transform.{split}]')
-            default = getattr(TRANSFORM, self.dataset)[split]
-            for name in [*transforms, *(n for n in default if n not in transforms)]:
-                filled_in = default.get(name) == 'input_size' and (f'transform.{split}', name) not in self.given
-                value, usual = (_show(values.get(name, 'none')) for values in (transforms, default))
-                mark = f'    [default: {usual}]' if value != usual and not filled_in else ''
-                lines.append(f'{name}: {value}{mark}')
-        return '\n'.join(lines) + '\n'
-
-    def save(self, folder):
-        """Write `{script}_options.txt` and the same as JSON into `folder`."""
-        write_text(Path(folder) / f'{self.script}_options.txt', self.describe())
-        write_text(Path(folder) / f'{self.script}_options.json', json.dumps(self.as_dict(), indent=1) + '\n')
-
-
-def run_of(checkpoint):
-    """The run folder of a checkpoint, '' if it does not lie in the folder `checkpoints` of one."""
-    path = Path(checkpoint)
-    if not checkpoint or path.resolve().parent.name != 'checkpoints':
-        return ''
-    return str(path.parent.parent if path.parent.name == 'checkpoints' else path.resolve().parents[1])
-
-
-def results_folder(checkpoint, dataset):
-    """Where the results of a checkpoint go by default: its run folder / `best`, or the like."""
-    run, name = run_of(checkpoint), Path(checkpoint).name.split('.')[0]
-    return f'{run}/{name.removeprefix("checkpoint_")}' if run else f'./experiments/{dataset}/{name}'
-
-
-def _show(value):
-    if isinstance(value, (tuple, list)):
-        return ' '.join(str(v) for v in value) or 'cpu'
-    return 'none' if value is None else str(value) if value != '' else "''"

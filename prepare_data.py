@@ -8,13 +8,11 @@ Instance labels (read, or drawn from annotation XML) -> colour normalisation -> 
 -> mean_std.npy. Each step is also a function of its own, on arrays and on folders. Ternary labels and weight maps are
 made on whole images, before these are cut into patches. An interrupted preparation goes on where it stopped.
 """
-import csv
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
-import re
 import signal
 import time
 import warnings
@@ -25,42 +23,26 @@ from typing import NamedTuple
 from xml.parsers import expat
 
 import numpy as np
-from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.color import lab2rgb, rgb2lab
 from skimage.draw import polygon
 from skimage.measure import label as connected_regions
-from skimage.segmentation import find_boundaries
 from tqdm import tqdm
 
-from dataset import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, decode, find_labels, ignore_interrupt, image_size, list_images,
-                     missing_files_message, note, open_image, read_image, read_instance_label, refuse_same_folder)
 from options import Options
-from utils import FolderLock, InputError, atomic_path, run_script, save_image, save_instances, sha256_of, write_text
-from weight_map import encode_weight_map, labels_by_name, weight_map
+from support.data_sets import (MULTI_ORGAN_SPLIT, PUBLISHED_ANCHOR, anchor_path, count_grades, find_sources,
+                               make_report, report_text)
+from support.files import FolderLock, atomic_path, save_image, save_instances, sha256_of, write_text
+from support.images import (decode, image_size, labels_by_name, list_images, open_image, read_image,
+                            read_instance_label, refuse_same_folder)
+from support.pictures import preview, save_contact_sheets
+from support.script import InputError, ignore_interrupt, note, run_script
+from weight_map import encode_weight_map, weight_map
 
-# The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
-MULTI_ORGAN_SPLIT = {
-    'train': ('Breast_TCGA-A7-A13E-01Z-00-DX1', 'Breast_TCGA-A7-A13F-01Z-00-DX1', 'Breast_TCGA-AR-A1AK-01Z-00-DX1',
-              'Kidney_TCGA-B0-5711-01Z-00-DX1', 'Kidney_TCGA-HE-7128-01Z-00-DX1', 'Kidney_TCGA-HE-7129-01Z-00-DX1',
-              'Liver_TCGA-18-5592-01Z-00-DX1', 'Liver_TCGA-38-6178-01Z-00-DX1', 'Liver_TCGA-49-4488-01Z-00-DX1',
-              'Prostate_TCGA-G9-6336-01Z-00-DX1', 'Prostate_TCGA-G9-6348-01Z-00-DX1',
-              'Prostate_TCGA-G9-6356-01Z-00-DX1'),
-    'val': ('Breast_TCGA-AR-A1AS-01Z-00-DX1', 'Kidney_TCGA-HE-7130-01Z-00-DX1', 'Liver_TCGA-50-5931-01Z-00-DX1',
-            'Prostate_TCGA-G9-6363-01Z-00-DX1'),
-    'test_same': ('Breast_TCGA-E2-A1B5-01Z-00-DX1', 'Breast_TCGA-E2-A14V-01Z-00-DX1', 'Kidney_TCGA-B0-5698-01Z-00-DX1',
-                  'Kidney_TCGA-B0-5710-01Z-00-DX1', 'Liver_TCGA-21-5784-01Z-00-DX1', 'Liver_TCGA-21-5786-01Z-00-DX1',
-                  'Prostate_TCGA-CH-5767-01Z-00-DX1', 'Prostate_TCGA-G9-6362-01Z-00-DX1'),
-    'test_diff': ('Bladder_TCGA-DK-A2I6-01A-01-TS1', 'Bladder_TCGA-G2-A2EK-01A-02-TSB',
-                  'Colon_TCGA-AY-A8YK-01A-01-TS1', 'Colon_TCGA-NH-A8F7-01A-01-TS1',
-                  'Stomach_TCGA-KB-A93J-01A-01-TS1', 'Stomach_TCGA-RD-A8N9-01A-01-TS1'),
-}
-PUBLISHED_ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'                # image whose colours the others get
 PATCH_SIZE = 250                                                     # pixels, as published
 FOLDERS = ('images', 'labels', 'weight_maps', 'labels_instance')     # what preparation fills, besides mean_std.npy
 RECORDS = 'records'                                                  # and here it remembers what was made of what
 RESULT_VERSION = 1        # counts up when the same input gives other files, so that old ones are made anew
-PREVIEW_HEIGHT = 300      # pixels, of an image in the contact sheets
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -308,225 +290,6 @@ def save_mean_std(path, mean_std):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Finding a data set's files
-# ---------------------------------------------------------------------------------------------------
-
-class Source(NamedTuple):
-    """One image of a data set with its instance label or annotation XML."""
-    name: str         # as in the prepared files
-    split: str        # train, val, test_same, test_diff, testA, testB
-    image: Path
-    label: Path
-
-
-def find_sources(dataset, options):
-    """The Sources of the data set that the `prepare` options describe. Raises InputError if there is none."""
-    if bool(options['img_dir']) != bool(options['label_dir']):
-        given, other = ('img', 'label') if options['img_dir'] else ('label', 'img')
-        raise InputError(f"--{given}-dir is given without --{other}-dir; one's own data needs both")
-    if options['img_dir']:
-        return find_own_data(dataset, options['img_dir'], options['label_dir'], options['split'], options['fractions'],
-                             options['seed'])
-    if options['split']:
-        raise InputError("--split is for one's own data, given as --img-dir and --label-dir; leave it out")
-    if dataset == 'GlaS':
-        return find_glas(options['raw_dir'], options['val_fraction'], options['seed'])
-    return find_multi_organ(options['raw_dir'], options['anchor'], options['others'])
-
-
-def find_multi_organ(raw_dir, anchor='auto', others=''):
-    """The Sources of a MultiOrgan folder: `find_fullnet_files` or `find_monuseg`, whichever fits."""
-    raw_dir = Path(raw_dir)
-    if all((raw_dir / name).exists() for name in ('normalized', 'labels_instance', 'split.json')):
-        if anchor not in ('auto', ''):
-            raise InputError(f'{raw_dir} holds images whose colours are normalised already; leave --anchor out')
-        if others:
-            raise InputError(f'{raw_dir} has a split of its own, split.json; leave --others out')
-        return find_fullnet_files(raw_dir)
-    if any(path.suffix.lower() == '.xml' for path in _files_below(raw_dir)):
-        return find_monuseg(raw_dir, anchor, others)
-    raise InputError(f'{raw_dir} is not a MultiOrgan data set: looked for normalized/, labels_instance/ and '
-                     f'split.json, or .tif images with .xml annotations at any depth; saw {_names_in(raw_dir)}')
-
-
-def find_fullnet_files(raw_dir):
-    """The FullNet authors' own files: normalized/X.png, labels_instance/X_label.png, split.json (split -> names)."""
-    raw_dir = Path(raw_dir)
-    images = {path.stem: path for path in list_images(raw_dir / 'normalized')}
-    labels = labels_by_name(raw_dir / 'labels_instance')
-    split = _read_split(raw_dir / 'split.json', tuple(MULTI_ORGAN_SPLIT))
-    names = [name for group in split.values() for name in group]
-    for kind, files, folder in (('images', images, 'normalized'), ('instance labels', labels, 'labels_instance')):
-        missing = [name for name in names if name not in files]
-        if missing:
-            raise InputError(missing_files_message(f'{kind} named in split.json are', missing, raw_dir / folder))
-    unused = sorted(set(images) - set(names))
-    if unused:
-        note(f'{len(unused)} images are not in split.json and are not used: {", ".join(unused)}')
-    return [Source(name, part, images[name], labels[name]) for part, group in split.items() for name in group]
-
-
-def _read_split(path, allowed):
-    """{split: [names]} from a JSON file, checked. allowed: names of splits, train and val first."""
-    expected = f'expected a JSON object of lists of names: train, val and, if there are, {", ".join(allowed[2:])}'
-    try:
-        split = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise InputError(f'no such file: {path}; {expected}') from None
-    except ValueError as error:
-        raise InputError(f'{path} is not JSON ({error}); {expected}') from None
-    if not (isinstance(split, dict) and all(isinstance(group, list) for group in split.values())):
-        raise InputError(f'{path}: {expected}')
-    names = [name for group in split.values() for name in group]
-    if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
-        raise InputError(f'{path}: a name is not that of a file without its ending; {expected}')
-    if not set(split) <= set(allowed) or not split.get('train') or not split.get('val'):
-        raise InputError(f'{path} has {", ".join(split) or "nothing"}; {expected}')
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise InputError(f'{path} names {", ".join(repeated[:5])} more than once; an image belongs to one split')
-    return split
-
-
-def find_monuseg(raw_dir, anchor='auto', others=''):
-    """MoNuSeg as distributed: .tif images and .xml annotations at any depth, named without the organ.
-
-    The published split decides by name; images outside it go to the split `others`, or are listed in a note and not
-    used. Of an image with no annotation, or the other way round, only the colour anchor is accepted.
-    """
-    anchor = PUBLISHED_ANCHOR if anchor == 'auto' else anchor
-    images = _by_stem(_files_below(raw_dir), ('.tif', '.tiff'), raw_dir)
-    annotations = _by_stem(_files_below(raw_dir), ('.xml',), raw_dir)
-    sources, unmatched, absent = [], [], []
-    for part, names in MULTI_ORGAN_SPLIT.items():
-        for name in names:
-            stems = (name, name.split('_', 1)[1])
-            image = next((images.pop(stem) for stem in stems if stem in images), None)
-            annotation = next((annotations.pop(stem) for stem in stems if stem in annotations), None)
-            if image and annotation:
-                sources.append(Source(name, part, image, annotation))
-            elif image and anchor in stems:
-                note(f'{image.name}, the colour anchor, has no annotation; it is used for its colours only')
-            elif image or annotation:
-                unmatched.append(f'{stems[1]}{".xml" if image else ".tif"}')
-            else:
-                absent.append(name)
-    if others:
-        unmatched += [f'{stem}.xml' for stem in sorted(set(images) - set(annotations))]
-        unmatched += [f'{stem}.tif' for stem in sorted(set(annotations) - set(images))]
-        sources += [Source(stem, others, images.pop(stem), annotations[stem])
-                    for stem in sorted(set(images) & set(annotations))]
-    if unmatched:
-        raise InputError(missing_files_message('images or annotations are', unmatched, raw_dir))
-    if not {'train', 'val'} <= {source.split for source in sources}:
-        raise InputError(f'{raw_dir} lacks the published train or val images: looked for '
-                         f'{MULTI_ORGAN_SPLIT["train"][0].split("_", 1)[1]}.tif and others; saw {_names_in(raw_dir)}')
-    if absent:
-        note(f'{len(absent)} images of the published split are not there: {", ".join(absent)}')
-    if images:
-        note(f'{len(images)} images are not in the published split and are not used (--others puts them into one): '
-             + ', '.join(sorted(images)))
-    return sources
-
-
-def find_glas(raw_dir, val_fraction, seed):
-    """GlaS as distributed: {train,testA,testB}_N.bmp with *_anno.bmp at any depth.
-
-    `val_fraction` of the train images, drawn with `seed`, become the validation set (the published one is not known).
-    """
-    if not 0 < val_fraction < 1:
-        raise InputError(f'val_fraction is {val_fraction}; expected a number between 0 and 1')
-    files = _by_stem(_files_below(raw_dir), ('.bmp',), raw_dir)
-    files = {name: path for name, path in files.items() if re.fullmatch(r'(train|testA|testB)_\d+(_anno)?', name)}
-    names = sorted((name for name in files if not name.endswith('_anno')), key=_by_number)
-    train = [name for name in names if name.startswith('train_')]
-    if len(train) < 2:
-        raise InputError(f'{raw_dir} is not the GlaS data set: looked for train_1.bmp, train_1_anno.bmp and so on, '
-                         f'at least two of them; saw {_names_in(raw_dir)}')
-    missing = [f'{name}_anno.bmp' for name in names if f'{name}_anno' not in files]
-    missing += [f'{name.removesuffix("_anno")}.bmp' for name in files if name.removesuffix('_anno') not in files]
-    if missing:
-        raise InputError(missing_files_message('images or labels are', missing, raw_dir))
-    n_val = min(max(round(val_fraction * len(train)), 1), len(train) - 1)
-    val = set(np.random.default_rng(seed).permutation(train)[:n_val].tolist())
-    return [Source(name, 'val' if name in val else name.split('_')[0], files[name], files[f'{name}_anno'])
-            for name in names]
-
-
-def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
-    """A folder of images and one of instance labels, `{name}`, `{name}_label` or `{name}_anno`, of any kind.
-
-    split_path: a JSON file {split: [names]}; '' = `fractions` (train, val, test) of the images, drawn with `seed`.
-    dataset: whose layout, metrics and sizes to use; the test images become its first test set.
-    """
-    images = list_images(img_dir)
-    labels = find_labels(images, label_dir, (*LABEL_EXTENSIONS, '.xml'))
-    unmatched = sorted(set(list_images(label_dir, (*LABEL_EXTENSIONS, '.xml'))) - set(labels))
-    if unmatched:
-        raise InputError(missing_files_message('images of instance labels', [path.name for path in unmatched], img_dir))
-    test_sets = {'MultiOrgan': ('test_same', 'test_diff'), 'GlaS': ('testA', 'testB')}[dataset]
-    files = {image.stem: (image, label) for image, label in zip(images, labels)}
-    if split_path:
-        split = _read_split(Path(split_path), ('train', 'val', 'test', *test_sets))
-        missing = [name for group in split.values() for name in group if name not in files]
-        if missing:
-            raise InputError(missing_files_message(f'images named in {split_path} are', missing, img_dir))
-        unused = sorted(set(files).difference(*split.values()))
-        if unused:
-            note(f'{len(unused)} images are not in {split_path} and are not used: {", ".join(unused)}')
-    else:
-        split = draw_split(sorted(files), fractions, seed)
-    return [Source(name, test_sets[0] if part == 'test' else part, *files[name])
-            for part, names in split.items() for name in names]
-
-
-def draw_split(names, fractions, seed):
-    """{'train': [names], 'val': ..., 'test': ...}: the fractions of the names, at least one for train and val each."""
-    train, val, test = fractions
-    if not (train > 0 and val > 0 and test >= 0 and abs(sum(fractions) - 1) <= 1e-6):              # NaN is none of it
-        raise InputError(f'--fractions is {train:g} {val:g} {test:g}; expected the shares of train, val and test, '
-                         f'which add up to 1, the first two above 0')
-    if len(names) < 2:
-        raise InputError(f'found {len(names)} image; expected at least 2, one to train and one to validate')
-    n_val = min(max(round(val * len(names)), 1), len(names) - 1)
-    n_test = min(round(test * len(names)), len(names) - n_val - 1)
-    order = np.random.default_rng(seed).permutation(names).tolist()
-    groups = {'val': order[:n_val], 'test': order[n_val:n_val + n_test], 'train': order[n_val + n_test:]}
-    return {part: sorted(groups[part]) for part in ('train', 'val', 'test')}
-
-
-def _by_number(name):
-    prefix, number = name.split('_')
-    return prefix, int(number)
-
-
-def _files_below(folder):
-    """The files in a folder and its folders, sorted; hidden ones skipped."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f'no such folder: {folder}')
-    return sorted(path for path in folder.rglob('*')
-                  if path.is_file() and not any(part.startswith('.') for part in path.relative_to(folder).parts))
-
-
-def _by_stem(paths, extensions, folder):
-    """{name without ending: path} of the files with one of the endings; two of one name are refused."""
-    files = {}
-    for path in paths:
-        if path.suffix.lower() in extensions and '__MACOSX' not in path.parts:
-            if path.stem in files:
-                raise InputError(f'two files of one name in {folder}: {files[path.stem].relative_to(folder)} and '
-                                 f'{path.relative_to(folder)}; keep one of them')
-            files[path.stem] = path
-    return files
-
-
-def _names_in(folder):
-    names = sorted(path.name + '/' * path.is_dir() for path in Path(folder).iterdir())
-    return (', '.join(names[:5]) + (', ...' if len(names) > 5 else '')) or 'an empty folder'
-
-
-# ---------------------------------------------------------------------------------------------------
 # Preparing a data set
 # ---------------------------------------------------------------------------------------------------
 
@@ -615,7 +378,7 @@ def prepare(dataset, options):
                              'expected photographs: look at the images')
         parts = {part: [name for name, *_ in group] for part, group in
                  itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
-        save_contact_sheets(parts, data_dir)
+        save_contact_sheets(parts, data_dir, data_dir / RECORDS)
         report = make_report(parts, {source.name: record for source, record in zip(sources, records)}, mean_std)
         report |= {'dataset': dataset, 'options': options, 'minutes': round((time.monotonic() - started) / 60, 2)}
         if dataset == 'GlaS' and not options['img_dir']:
@@ -647,20 +410,8 @@ def fit_anchor(sources, options):
         anchor = PUBLISHED_ANCHOR if monuseg else ''
     if not anchor:
         return None
-    path = _anchor_path(anchor, options['img_dir'] or options['raw_dir'])
+    path = anchor_path(anchor, options['img_dir'] or options['raw_dir'])
     return Reinhard_normalizer().fit(read_image(path, options['max_megapixels'], options['scale_16bit']))
-
-
-def _anchor_path(anchor, folder):
-    """The anchor image: a path, or the name of an image below the folder with or without its organ."""
-    if Path(anchor).is_file():
-        return Path(anchor)
-    images = {path.stem: path for path in _files_below(folder) if path.suffix.lower() in IMAGE_EXTENSIONS}
-    for stem in (anchor, anchor.split('_', 1)[-1]):
-        if stem in images:
-            return images[stem]
-    raise InputError(f"the colour anchor '{anchor}' is neither a file nor an image in {folder}; give --anchor the "
-                     f"path of an image, or '' to leave the colours as they are")
 
 
 def _in_processes(function, arguments, workers):
@@ -834,104 +585,6 @@ def remove_outdated(data_dir, planned, names):
 # ---------------------------------------------------------------------------------------------------
 # Report
 # ---------------------------------------------------------------------------------------------------
-
-def preview(arrays):
-    """Image with contours of the objects, ternary label and weight map (if there is one) side by side, uint8 RGB."""
-    outlined = arrays['image'].copy()
-    outlined[find_boundaries(arrays['instance'], connectivity=2, mode='thick')] = (255, 255, 0)
-    tiles = [outlined]
-    if 'weight' in arrays:
-        tiles += [arrays['ternary'], np.repeat(arrays['weight'][..., None], 3, axis=2)]
-    size = max(1, round(PREVIEW_HEIGHT * outlined.shape[1] / outlined.shape[0])), PREVIEW_HEIGHT
-    return np.concatenate([np.asarray(Image.fromarray(tile).resize(size, Image.BOX)) for tile in tiles], axis=1)
-
-
-def save_contact_sheets(parts, data_dir):
-    """Write `contact_sheet_{split}.png` of every split, and remove those of others. parts: {split: [names]}."""
-    sheets = {part: data_dir / f'contact_sheet_{part}.png' for part in parts}
-    for sheet in set(data_dir.glob('contact_sheet_*.png')) - set(sheets.values()):
-        sheet.unlink()
-    for part, sheet in tqdm(sheets.items(), desc='contact sheets', disable=None):
-        save_image(sheet, contact_sheet(parts[part], data_dir))
-
-
-def contact_sheet(names, data_dir, width=1808, at_most=24):
-    """The previews of the first images of a split, with their names, row by row; uint8 RGB."""
-    previews = [Image.open(data_dir / RECORDS / f'{name}.png') for name in names[:at_most]]
-    margin, line = 4, 16
-    x = y = 0
-    places = []
-    for picture in previews:
-        if x and x + picture.width > width:
-            x, y = 0, y + PREVIEW_HEIGHT + line
-        places.append((x, y))
-        x += picture.width + margin
-    width = max(place[0] + picture.width for place, picture in zip(places, previews))
-    sheet = Image.new('RGB', (width, y + PREVIEW_HEIGHT + line), 'white')
-    draw = ImageDraw.Draw(sheet)
-    for name, picture, (x, y) in zip(names, previews, places):
-        draw.text((x, y), name, fill='black')
-        sheet.paste(picture, (x, y + line))
-    return np.asarray(sheet)
-
-
-def make_report(parts, records, mean_std):
-    """Counts per split, labels with objects in several pieces, mean and standard deviation of the colours.
-
-    parts: {split: [names]}. records: {name: record}. object_area: pixels, percentiles 5, 25, 50, 75, 95.
-    """
-    splits = {}
-    for part, names in parts.items():
-        rows = [records[name] for name in names]
-        areas = np.concatenate([row['areas'] for row in rows])
-        splits[part] = {'images': len(names), 'patches': sum(row['patches'] for row in rows),
-                        'objects': sum(row['objects'] for row in rows),
-                        'objects_in_pieces': sum(row['in_pieces'] for row in rows),
-                        'object_area': (np.percentile(areas, (5, 25, 50, 75, 95)).round(1).tolist() if len(areas)
-                                        else [])}
-    return {'splits': splits, 'labels_with_objects_in_pieces': {name: record['in_pieces'] for name, record
-                                                                in records.items() if record['in_pieces']},
-            'mean': mean_std[0].tolist(), 'std': mean_std[1].tolist()}
-
-
-def count_grades(raw_dir, parts):
-    """{'grades': {split: {grade: images}}} from GlaS's Grade.csv, if there is one: columns name and grade..."""
-    paths = [path for path in _files_below(raw_dir) if path.name.lower() == 'grade.csv']
-    if not paths:
-        return {}
-    with open(paths[0], newline='', encoding='utf-8-sig', errors='replace') as file:
-        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(file)] or [[]]
-    columns = [next((i for i, title in enumerate(header) if title.lower().startswith(start)), None)
-               for start in ('name', 'grade')]
-    grades = {}
-    if None not in columns:
-        grades = {row[columns[0]]: row[columns[1]] for row in rows if len(row) == len(header)}
-    if not any(name in grades for names in parts.values() for name in names):
-        note(f'{paths[0]} names none of the images; expected the columns name and grade, found {", ".join(header)}')
-        return {}
-    counts = {part: [grades.get(name, 'unknown') for name in names] for part, names in parts.items()}
-    return {'grades': {part: {grade: found.count(grade) for grade in sorted(set(found))}
-                       for part, found in counts.items()}}
-
-
-def report_text(report):
-    """The report as a table."""
-    lines = [f'{"":10} {"images":>7} {"patches":>8} {"objects":>8} {"in pieces":>10}   '
-             f'object area, pixels: 5, 25, 50, 75, 95 %']
-    for part, row in report['splits'].items():
-        areas = ' '.join(f'{area:.0f}' for area in row['object_area'])
-        lines.append(f'{part:10} {row["images"]:7} {row["patches"]:8} {row["objects"]:8} {row["objects_in_pieces"]:10}'
-                     f'   {areas}')
-    for title in ('mean', 'std'):
-        lines.append(f'{title:4} ' + ' '.join(f'{value:.8f}' for value in report[title]))
-    for part, counts in report.get('grades', {}).items():
-        lines.append(f'{part}: ' + ', '.join(f'{count} {grade}' for grade, count in counts.items()))
-    pieces = report['labels_with_objects_in_pieces']
-    if pieces:
-        shown = [f'{name} ({count})' for name, count in pieces.items()]
-        shown = ', '.join(shown[:5] + ['...'] * (len(shown) > 5))
-        lines.append(f'{len(pieces)} labels have objects in several pieces: {shown}')
-    return '\n'.join(lines)
 
 
 def main(argv=None):

@@ -12,9 +12,10 @@ from scipy import ndimage
 from skimage.measure import label as connected_regions
 from tqdm import tqdm
 
-from dataset import LABEL_EXTENSIONS, list_images, read_instance_label, refuse_same_folder
-from options import boolean
-from utils import InputError, Parser, run_script, save_image
+from support.command_line import boolean
+from support.files import save_image
+from support.images import labels_by_name, read_instance_label, refuse_same_folder
+from support.script import InputError, Parser, run_script
 
 W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; `encode_weight_map` adds 1
 NEGLIGIBLE = 1e-4     # weights below this may be stored as less than they are; 8 bits resolve 0.05
@@ -63,6 +64,11 @@ def encode_weight_map(w):
     Halves are rounded up, as MATLAB's uint8() does. Training divides by 20, so a pixel's weight is 1 ... 11.
     """
     return np.minimum(np.floor((np.asarray(w, np.float64) + 1) * 20 + 0.5), 255).astype(np.uint8)
+
+
+def decode_weight_map(stored):
+    """The weights of the loss, float of 1 to 11, from the 8-bit form: stored / 20. A tensor or array of any shape."""
+    return stored / 20
 
 
 def object_boundaries(instance_label):
@@ -129,20 +135,6 @@ def _squared_distance_to(mask):
 # ---------------------------------------------------------------------------------------------------
 # A folder of labels
 # ---------------------------------------------------------------------------------------------------
-
-def label_name(path):
-    """The name of an instance label file: up to its last dot, without a trailing `_label`."""
-    return Path(path).stem.removesuffix('_label')
-
-
-def labels_by_name(folder):
-    """{name: path} of the instance labels in a folder. Raises InputError if two are of one name, or there is none."""
-    labels = {}
-    for path in list_images(folder, LABEL_EXTENSIONS):
-        other = labels.setdefault(label_name(path), path)
-        if other != path:
-            raise InputError(f'{other.name} and {path.name} in {folder} are labels of one image; keep one of them')
-    return labels
 
 
 def create_weight_maps(label_dir, save_dir, sigma=5.0, w0=W0, binary_labels=False):

@@ -27,11 +27,15 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
-from dataset import EpochBatches, batch_items, list_images, load_mean_std  # noqa: E402
+from dataset import EpochBatches, batch_items  # noqa: E402
+from FullNet import create_model  # noqa: E402
 from loss import VarCELoss  # noqa: E402
 from options import Options  # noqa: E402
-from utils import (InputError, MixedPrecision, Parser, atomic_path, build_model, choose_device,  # noqa: E402
-                   load_checkpoint, run_script, write_text)
+from support.checkpoints import load_checkpoint, load_mean_std  # noqa: E402
+from support.devices import MixedPrecision, choose_device  # noqa: E402
+from support.files import atomic_path, write_text  # noqa: E402
+from support.images import list_images  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {                                        # name in the table: options of train.py
@@ -134,7 +138,7 @@ def seconds_per_step(opt, threads, repetitions=6):
     loader = DataLoader(train_set, collate_fn=batch_items,
                         batch_sampler=EpochBatches(len(train_set), opt.train['batch_size'], seed=0))
     device = choose_device(opt.train['gpu'])
-    model = build_model(opt.model).set_mode('auto', opt.train['memory_efficient'], opt.train['amp']).to(device)
+    model = create_model(**opt.model).set_mode('auto', opt.train['memory_efficient'], opt.train['amp']).to(device)
     precision = MixedPrecision(device, opt.train['amp'])
     optimizer, criterion = torch.optim.Adam(model.parameters(), opt.train['lr']), VarCELoss(opt.train['alpha'])
     times = [time.perf_counter()]

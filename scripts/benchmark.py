@@ -44,20 +44,22 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import train                                                                        # noqa: E402
-from dataset import read_image, read_instance_label                                 # noqa: E402
-from FullNet import FullNet                                                          # noqa: E402
-from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy    # noqa: E402
-from my_transforms import RandomElastic, get_transforms                              # noqa: E402
-from options import Options                                                          # noqa: E402
-from prepare_data import (Reinhard_normalizer, instance_label_from_xml, preview,     # noqa: E402
-                          read_xml_regions, ternary_label)
-from test import score, segment                                                     # noqa: E402
-from utils import (InputError, MixedPrecision, Parser, WeightAverage, accuracy_pixel_level,  # noqa: E402
-                   build_model, choose_device, gland_accuracy_object_level, load_checkpoint,
-                   nuclei_accuracy_object_level, put_on, run_script, save_checkpoint, save_image, split_forward,
-                   standard_metrics, standard_metrics_of, window_grid)
-from weight_map import encode_weight_map, object_boundaries, weight_map              # noqa: E402
+import train  # noqa: E402
+from FullNet import FullNet, create_model  # noqa: E402
+from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy  # noqa: E402
+from my_transforms import RandomElastic, get_transforms  # noqa: E402
+from options import Options  # noqa: E402
+from prepare_data import Reinhard_normalizer, instance_label_from_xml, read_xml_regions, ternary_label  # noqa: E402
+from support.checkpoints import WeightAverage, load_checkpoint, save_checkpoint  # noqa: E402
+from support.devices import MixedPrecision, choose_device, put_on  # noqa: E402
+from support.files import save_image  # noqa: E402
+from support.images import read_image, read_instance_label  # noqa: E402
+from support.pictures import preview  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
+from test import score, segment  # noqa: E402
+from utils import (accuracy_pixel_level, gland_accuracy_object_level, nuclei_accuracy_object_level,  # noqa: E402
+                   split_forward, standard_metrics, standard_metrics_of, window_grid)
+from weight_map import encode_weight_map, object_boundaries, weight_map  # noqa: E402
 
 SIZE = 208
 MODES = {'plain': dict(mode='plain'), 'plain, channels last': dict(mode='plain'), 'fast': dict(mode='fast'),
@@ -442,7 +444,7 @@ def benchmark_windows(args):
     """What larger windows buy, on one image with its label: seconds and scores."""
     image = read_image(args.image)
     label = read_instance_label(args.label, image.shape[:2])
-    rows = []
+    rows, reference = [], None
     for size, tta in ((208, 'none'), (336, 'none'), (464, 'none'), (592, 'none'), (208, 'full'), (464, 'full')):
         start = time.perf_counter()
         found, probabilities = segment(image, args.model_path, '--patch-size', str(size), '--tta', tta)
@@ -523,7 +525,7 @@ def benchmark_large(args):
         del image
         print(f'{args.size} x {args.size} RGB TIFF ({path.stat().st_size / 1e9:.2f} GB), network of {parameters:,} '
               f'parameters, {" ".join(words)}', flush=True)
-        program = ('import sys, test, utils; utils.run_script(lambda: test.main(sys.argv[1:])); '
+        program = ('import sys, test, support.script; support.script.run_script(lambda: test.main(sys.argv[1:])); '
                    'from scripts.benchmark import peak_memory; print(peak_memory())')
         start = time.perf_counter()
         done = subprocess.run([sys.executable, '-c', program, '--img-dir', path, '--model-path', args.model_path,
@@ -572,7 +574,7 @@ def gpu_table(sizes):
     a = torch.randn(sizes.product, sizes.product, device=sizes.device).bfloat16()
     peak = 2 * sizes.product ** 3 * per_second(lambda: a @ a, sizes)
     model = Options(isTrain=True).parse(sizes.network).model
-    work = gflop_per_patch(build_model(model), sizes.crop) * 1e9
+    work = gflop_per_patch(create_model(**model), sizes.crop) * 1e9
     versions = {'published': {}, 'ours': dict(ours=True), 'ours, amp': dict(ours=True, amp=True)}
     if sizes.compile:
         versions['ours, amp, compile'] = dict(ours=True, amp=True, compiled=True)
@@ -618,7 +620,7 @@ def gpu_step(model, sizes, ours=False, amp=False, compiled=False):
     """(a training step as train.py does it, or as published; its network)."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = ours
-    network = build_model(model).train()
+    network = create_model(**model).train()
     network = put_on(sizes.device, network) if ours else network.to(sizes.device)
     forward = torch.compile(network, dynamic=False) if compiled else network
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -710,7 +712,7 @@ def image_seconds(sizes, words):
              str(sizes.overlap)]
     with tempfile.TemporaryDirectory() as folder:
         model = Options(isTrain=True).parse(sizes.network)
-        save_checkpoint(f'{folder}/x.pth.tar', {'state_dict': build_model(model.model).state_dict(), 'optimizer': {},
+        save_checkpoint(f'{folder}/x.pth.tar', {'state_dict': create_model(**model.model).state_dict(), 'optimizer': {},
                                                 'options': model.as_dict(), 'mean_std': [[0.7] * 3, [0.2] * 3]})
         image = np.random.default_rng(0).integers(0, 255, (sizes.image, sizes.image, 3), dtype=np.uint8)
         seconds = []

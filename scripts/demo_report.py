@@ -13,10 +13,11 @@ from PIL import Image
 from skimage.segmentation import find_boundaries
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import list_images, read_image, read_instance_label  # noqa: E402
 from prepare_data import ternary_label  # noqa: E402
 from scripts.otsu_baseline import otsu_scores  # noqa: E402
-from utils import InputError, Parser, atomic_path, run_script  # noqa: E402
+from support.files import atomic_path  # noqa: E402
+from support.images import list_images, read_image, read_instance_label  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 from weight_map import weight_map  # noqa: E402
 
 

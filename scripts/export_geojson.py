@@ -23,8 +23,9 @@ from skimage import measure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import read_instance_label  # noqa: E402
-from utils import InputError, Parser, atomic_path, run_script  # noqa: E402
+from support.files import atomic_path  # noqa: E402
+from support.images import read_instance_label  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 
 LABEL_ENDING = '_seg.tiff'
 TABLE_ENDING = '_objects.csv'

@@ -42,10 +42,11 @@ except ImportError:                  # Windows: memory is not limited there
     resource = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import image_size, read_image, read_instance_label  # noqa: E402
+from FullNet import create_model  # noqa: E402
 from prepare_data import instance_label_from_xml  # noqa: E402
-from utils import (InputError, Parser, build_model, load_checkpoint, load_weights, run_script,     # noqa: E402
-                   save_checkpoint)
+from support.checkpoints import load_checkpoint, load_weights, save_checkpoint  # noqa: E402
+from support.images import image_size, read_image, read_instance_label  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 
 SECONDS = 5.0                        # of processor time for one file: other work on the machine does not count
 PATIENCE = 60.0                      # seconds until a process that does not answer is ended
@@ -90,7 +91,7 @@ def read_xml_file(path):
 
 def read_checkpoint_file(path):
     """`load_checkpoint` and `load_weights`. Raises WrongResult unless all weights are then finite float32."""
-    model = build_model(MODEL)
+    model = create_model(**MODEL)
     load_weights(model, load_checkpoint(path)['state_dict'], MODEL, path)
     for name, value in model.state_dict().items():
         if value.is_floating_point():
@@ -211,7 +212,7 @@ def xml_seeds(folder):
 def checkpoint_seeds(folder):
     """Write checkpoints of a tiny FullNet: ours, half precision, published (NumPy scalar, Adam), the older format."""
     torch.manual_seed(0)
-    model = build_model(MODEL)
+    model = create_model(**MODEL)
     weights = model.state_dict()
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.rand(1, 3, 8, 8)).sum().backward()
@@ -479,7 +480,7 @@ def edit_checkpoint(data, other, rng):
 def tiny_weights():
     """The state_dict that `edit_weights` starts from."""
     torch.manual_seed(0)
-    return build_model(MODEL).state_dict()
+    return create_model(**MODEL).state_dict()
 
 
 def edit_weights(data, other, rng):

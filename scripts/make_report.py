@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import read_image  # noqa: E402
-from utils import InputError, Parser, run_script, write_text  # noqa: E402
+from support.files import write_text  # noqa: E402
+from support.images import read_image  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 
 LARGEST_SIDE = 1600              # pixels of an embedded overlay; nuclei at 40x stay legible, a page of 50 images opens
 JPEG_QUALITY = 80

@@ -14,8 +14,9 @@ from skimage.color import rgb2hed
 from skimage.filters import threshold_otsu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import find_labels, list_images, read_image, read_instance_label  # noqa: E402
-from utils import InputError, Parser, nuclei_accuracy_object_level, post_process, run_script  # noqa: E402
+from support.images import find_labels, list_images, read_image, read_instance_label  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
+from utils import nuclei_accuracy_object_level, post_process  # noqa: E402
 
 
 def otsu_label(image, min_area=20, radius=2, channel='grey'):

@@ -8,7 +8,7 @@ case " $* " in *' --help '* | *' -h '*) exec python train.py --help ;; esac
 
 # what is tested is what was trained: run folder and data as train.py takes them
 set -- --dataset "$dataset" --data-dir "${DATA_DIR:-./data/$dataset}" ${SAVE_DIR:+--save-dir "$SAVE_DIR"} "$@"
-folders=$(python -c 'from options import Options; from utils import run_script
+folders=$(python -c 'from options import Options; from support.script import run_script
 run_script(lambda: print("{save_dir}\n{data_dir}".format(**Options().parse().train)))' "$@")
 { IFS= read -r SAVE_DIR; IFS= read -r DATA_DIR; } <<EOF
 $folders

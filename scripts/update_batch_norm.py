@@ -13,17 +13,18 @@ import itertools
 import sys
 from pathlib import Path
 
-import torch
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import EpochBatches, batch_items, load_mean_std_of_run  # noqa: E402
+from dataset import EpochBatches, batch_items  # noqa: E402
+from FullNet import create_model  # noqa: E402
 from options import Options  # noqa: E402
+from support.checkpoints import load_checkpoint, load_mean_std_of_run, load_weights, save_checkpoint  # noqa: E402
+from support.devices import choose_device  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 from train import load_data  # noqa: E402
-from utils import (InputError, Parser, build_model, choose_device, load_checkpoint, load_weights,  # noqa: E402
-                   run_script, save_checkpoint)
 
 KEPT = ('scale', 'random_crop', 'label_encoding', 'to_tensor', 'normalize')           # of the training transforms
 BATCH = 4                                             # batches of one size, so that all crops count the same
@@ -57,7 +58,7 @@ def main(argv=None):
     mean_std = load_mean_std_of_run(args.data_dir, checkpoint, args.model_path)
 
     device = choose_device('auto')
-    model = build_model({**checkpoint['options']['model'], 'drop_rate': 0})
+    model = create_model(**{**checkpoint['options']['model'], 'drop_rate': 0})
     load_weights(model, checkpoint['state_dict'], checkpoint['options']['model'], args.model_path)
     train_set = load_data(opt, 'train', mean_std)
     batch_size = min(BATCH, len(train_set))

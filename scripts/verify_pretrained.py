@@ -30,7 +30,9 @@ from skimage.data import immunohistochemistry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test as test_script  # noqa: E402
 from scripts.make_demo_data import make_image  # noqa: E402
-from utils import InputError, Parser, load_checkpoint, run_script, save_image, sha256_of, write_text  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
+from support.files import save_image, sha256_of, write_text  # noqa: E402
+from support.script import InputError, Parser, run_script  # noqa: E402
 
 OBJECTS, PROBABILITY, AJI = 0.05, 0.01, 0.005                            # allowed differences; the first is relative
 BEGIN, END = ('<!-- written by scripts/verify_pretrained.py --write: do not edit from here -->', '<!-- to here -->')

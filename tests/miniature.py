@@ -6,7 +6,7 @@ from PIL import Image
 from scipy import ndimage
 
 from prepare_data import compute_mean_std, save_mean_std, ternary_label
-from utils import save_image, save_instances
+from support.files import save_image, save_instances
 from weight_map import encode_weight_map, weight_map
 
 # a network and a schedule that train within a second

@@ -9,12 +9,12 @@ from pathlib import Path
 import ablation
 import pytest
 import torch
-from miniature import make_multi_organ
 from PIL import Image
 
 from dataset import DataFolder
+from miniature import make_multi_organ
 from options import Options
-from utils import InputError
+from support.script import InputError
 
 TINY = ['--n-layers', '4', '--growth-rate', '1', '--dilations', '1', '1', '1', '1', '1', '1', '1', '--input-size', '40',
         '--val-overlap', '8', '--batch-size', '2', '--workers', '0', '--gpu', 'cpu']

@@ -29,7 +29,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from miniature import SMALL, make_multi_organ, nuclei, pixels
 from PIL import Image
 from skimage.color import rgb2lab
 from test_prepare_data import annotation_xml, rectangle
@@ -38,12 +37,16 @@ import my_transforms
 import prepare_data
 import test as test_script
 import train
-import utils
 import weight_map
+from FullNet import create_model
 from loss import VarCELoss
+from miniature import SMALL, make_multi_organ, nuclei, pixels
 from prepare_data import ternary_label
-from utils import (FolderLock, InputError, build_model, gland_accuracy_object_level, load_checkpoint,
-                   nuclei_accuracy_object_level, run_script, standard_metrics)
+from support import files
+from support.checkpoints import load_checkpoint
+from support.files import FolderLock
+from support.script import InputError, run_script
+from utils import gland_accuracy_object_level, nuclei_accuracy_object_level, standard_metrics
 
 ROOT = Path(__file__).parents[1]
 MODEL = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=2, drop_rate=0.1, compress_ratio=0.5,
@@ -158,7 +161,7 @@ def made_of(folder, name='x'):
 @functools.cache
 def network():
     torch.manual_seed(0)
-    return build_model(MODEL)
+    return create_model(**MODEL)
 
 
 def published(path, weights=None, **more):
@@ -798,7 +801,7 @@ class Malicious:
 
 def weights(**changes):
     """A published checkpoint with the weights of a network of other options."""
-    return lambda path: published(path, build_model({**MODEL, **changes}).state_dict())
+    return lambda path: published(path, create_model(**{**MODEL, **changes}).state_dict())
 
 
 def changed(change, **more):
@@ -1216,14 +1219,14 @@ def test_a_process_is_not_in_its_own_way(here):
 
 def test_a_lock_file_that_its_last_owner_removes_is_locked_anew(here, monkeypatch):
     """Between opening and locking: or the next process would make, and lock, another file of this name."""
-    lock, calls = utils._lock, []
+    lock, calls = files._lock, []
 
     def too_late(file):
         if not calls:
             (here / 'run/.lock').unlink()
         calls.append(file)
         lock(file)
-    monkeypatch.setattr(utils, '_lock', too_late)
+    monkeypatch.setattr(files, '_lock', too_late)
     held = FolderLock(here / 'run')
     assert len(calls) == 2 and held.is_in_place()
     held.release()
@@ -1232,7 +1235,7 @@ def test_a_lock_file_that_its_last_owner_removes_is_locked_anew(here, monkeypatc
 def test_a_file_system_without_locks(data, monkeypatch):
     def no_locks(file):
         raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr(utils, '_lock', no_locks)
+    monkeypatch.setattr(files, '_lock', no_locks)
     assert 'run cannot be locked (No locks available): let only one process' in notes(lambda: run_train(data))
     assert (data / 'run/checkpoints/checkpoint.pth.tar').is_file()
 
@@ -1655,11 +1658,12 @@ def test_program_whose_output_nobody_reads(here):
 ALL_SCRIPTS = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import prepare_data, test, train, utils, weight_map
+import prepare_data, test, train, weight_map
+from support.script import run_script
 words = json.loads(sys.argv[2])
 for script in (prepare_data, train, test, weight_map):
     sys.argv[1:] = words[script.__name__]
-    utils.run_script(script.main)
+    run_script(script.main)
 """
 
 
@@ -1761,8 +1765,9 @@ def test_too_little_memory(error, code):
 def test_program_without_permission(open_folder):
     """The network may not be read by the user who asks."""
     (open_folder / 'net.pth.tar').chmod(0)
-    code = (f'import os, sys; sys.path.insert(0, {str(ROOT)!r}); import test, utils; from PIL import Image; '
-            f'Image.init(); os.setgid(65534); os.setuid(65534); utils.run_script(test.main)')
+    code = (f'import os, sys; sys.path.insert(0, {str(ROOT)!r}); import test; from PIL import Image; '
+            'from support.script import run_script; '
+            f'Image.init(); os.setgid(65534); os.setuid(65534); run_script(test.main)')
     one_line(start('test', *TEST, '--img-dir', 'images', '--model-path', 'net.pth.tar', '--save-dir', 'out', code=code,
                    cwd=open_folder), 2, 'net.pth.tar', 'ermission')
 

@@ -15,14 +15,15 @@ import test_test
 import test_utils
 import tifffile
 import torch
-from miniature import SMALL, make_multi_organ
 from torch import distributed
 
 import test as test_script
 import train
 from FullNet import FCN_pooling, FullNet
 from loss import VarCELoss, label_instances
-from utils import MixedPrecision, Processes, load_checkpoint, put_on
+from miniature import SMALL, make_multi_organ
+from support.checkpoints import load_checkpoint
+from support.devices import MixedPrecision, Processes, put_on
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA GPU')
 on_both = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)], indirect=True)

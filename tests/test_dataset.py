@@ -9,10 +9,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from dataset import (DataFolder, EpochBatches, batch_items, check_mean_std, list_images, load_mean_std, read_image,
-                     read_instance_label)
+from dataset import DataFolder, EpochBatches, batch_items
 from my_transforms import get_transforms
-from utils import InputError
+from support.checkpoints import check_mean_std, load_mean_std
+from support.images import list_images, read_image, read_instance_label
+from support.script import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
 

@@ -11,7 +11,9 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
 import make_demo_data  # noqa: E402
 import otsu_baseline  # noqa: E402
-from utils import InputError, nuclei_accuracy_object_level  # noqa: E402
+
+from support.script import InputError  # noqa: E402
+from utils import nuclei_accuracy_object_level  # noqa: E402
 
 
 @pytest.fixture(scope='module')

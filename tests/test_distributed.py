@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from miniature import SMALL, make_multi_organ
 
 import train
-import utils
 from dataset import EpochBatches
-from utils import InputError, choose_device, load_checkpoint
+from miniature import SMALL, make_multi_organ
+from support import devices
+from support.checkpoints import load_checkpoint
+from support.devices import choose_device
+from support.script import InputError
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
@@ -143,13 +145,13 @@ def test_images_are_shared_out_in_testing(data, tmp_path):
 
 def test_gpus_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(utils, 'problem_of', lambda device: None)
+    monkeypatch.setattr(devices, 'problem_of', lambda device: None)
     monkeypatch.setattr(sys, 'argv', ['train.py', '--gpu', '0', '1'])
     with pytest.raises(InputError, match='--gpu names 2 GPUs, and one process uses one; start a process for each with: '
                                          'torchrun --nproc-per-node 2 train.py --gpu 0 1$'):
         choose_device([0, 1])
-    devices = [str(choose_device(gpu, 1, 2)) for gpu in ([0, 1], [1, 0], 'auto', [])]
-    assert devices == ['cuda:1', 'cuda:0', 'cuda:1', 'cpu']
+    chosen = [str(choose_device(gpu, 1, 2)) for gpu in ([0, 1], [1, 0], 'auto', [])]
+    assert chosen == ['cuda:1', 'cuda:0', 'cuda:1', 'cpu']
     with pytest.raises(InputError, match='more processes on this machine than the 2 GPUs .* --nproc-per-node 2, or'):
         choose_device('auto', 2, 3)
 

@@ -14,7 +14,8 @@ from scipy import ndimage
 from skimage.measure import grid_points_in_poly
 
 from scripts import export_geojson
-from utils import InputError, save_instances
+from support.files import save_instances
+from support.script import InputError
 
 COLUMNS = ('id centroid_y centroid_x bbox_top bbox_left bbox_bottom bbox_right area perimeter eccentricity solidity '
            'mean_inside_probability matched_id matched_iou').split()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from FullNet import HYBRID_DILATIONS, FCN_pooling, FullNet, create_model, layer_dilations
-from utils import put_on
+from support.devices import put_on
 
 GOLDEN = Path(__file__).parent / 'golden'
 SMALL = dict(n_layers=4, growth_rate=4, drop_rate=0.0)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-import FullNet as fullnet_module
-from FullNet import (FCN_pooling, FullNet, LayerSpec, Workers, dropout_mask, keep_threshold, normalise, run_fast,
-                     split_rows)
+from FullNet import FCN_pooling, FullNet
+from support import cpu_stage
+from support.cpu_stage import LayerSpec, Workers, dropout_mask, keep_threshold, normalise, run_fast, split_rows
 
 GOLDEN = Path(__file__).parent / 'golden'
 # dilations 1, 2, 3, 2, then 13, 15, 17, 19
@@ -71,8 +71,8 @@ def threads(request):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Bands and strips so small that even tiny images have many."""
-    monkeypatch.setattr(fullnet_module, 'BAND_PIXELS', 100)
-    monkeypatch.setattr(fullnet_module, 'STRIP_PIXELS', 40)
+    monkeypatch.setattr(cpu_stage, 'BAND_PIXELS', 100)
+    monkeypatch.setattr(cpu_stage, 'STRIP_PIXELS', 40)
 
 
 # The same numbers as the plain path
@@ -269,7 +269,7 @@ def test_dropout_repeats_with_the_seed_and_is_off_in_evaluation():
 
 def test_auto_takes_the_fast_path_only_where_it_can(monkeypatch):
     used = []
-    monkeypatch.setattr(fullnet_module, 'run_fast', lambda *args: used.append(True) or run_fast(*args))
+    monkeypatch.setattr(cpu_stage, 'run_fast', lambda *args: used.append(True) or run_fast(*args))
 
     def is_fast(model, x):
         used.clear()

@@ -14,7 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'scripts'))
 import fuzz  # noqa: E402
-from utils import InputError  # noqa: E402
+
+from support.script import InputError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

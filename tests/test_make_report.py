@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from scripts import make_report
-from utils import InputError, save_image, save_instances
+from support.files import save_image, save_instances
+from support.script import InputError
 
 VOID = {'meta', 'img', 'br', 'link', 'input', 'hr'}
 ODD = 'a<b>&"quoted" \'x\''                       # a file may be called this

@@ -13,8 +13,10 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial.distance import directed_hausdorff
 
 import utils
-from utils import (AverageMeter, InputError, accuracy_pixel_level, gland_accuracy_object_level, gland_scores_of,
-                   match_objects, nuclei_accuracy_object_level, nuclei_scores_of, overlap_table, pool, standard_metrics,
+from support import hausdorff
+from support.script import InputError
+from utils import (AverageMeter, accuracy_pixel_level, gland_accuracy_object_level, gland_scores_of, match_objects,
+                   nuclei_accuracy_object_level, nuclei_scores_of, overlap_table, pool, standard_metrics,
                    standard_metrics_of)
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -260,7 +262,7 @@ def test_blobs_like_the_slow_version(seed):
 def test_hausdorff_distances_in_pieces_are_those_of_all_at_once(monkeypatch):
     pred, gt = blob_pair(2)
     expected = nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)
-    monkeypatch.setattr(utils, 'PIXELS_AT_ONCE', 50)
+    monkeypatch.setattr(hausdorff, 'PIXELS_AT_ONCE', 50)
     assert (nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)) == expected
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from options import DATASETS, SCRIPT_GROUPS, TRAIN, TRANSFORM, TRANSFORM_PARSERS, Options, set_transform
-from utils import InputError
+from options import DATASETS, SCRIPT_GROUPS, TRAIN, TRANSFORM, Options
+from support.command_line import TRANSFORM_PARSERS, set_transform
+from support.script import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from miniature import nuclei
+import study_post_processing as study
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-import study_post_processing as study
 import test as test_script
+from miniature import nuclei
 from options import Options
-from utils import InputError, dilate, inside_mask, post_process, save_image, save_instances, split_objects
+from support.files import save_image, save_instances
+from support.script import InputError
+from utils import dilate, inside_mask, post_process, split_objects
 
 EIGHT = np.ones((3, 3))
 

@@ -16,16 +16,18 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
+from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
 
 import prepare_data
 import train
-from dataset import read_image, read_instance_label
 from options import Options
-from prepare_data import (MULTI_ORGAN_SPLIT, Reinhard_normalizer, color_norm, compute_mean_std, count_grades,
-                          count_objects, create_ternary_labels, draw_split, find_glas, instance_label_from_xml, main,
-                          patch_positions, save_instance_label, split_patches, ternary_label)
-from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
-from utils import InputError, save_image, save_instances
+from prepare_data import (Reinhard_normalizer, color_norm, compute_mean_std, count_objects, create_ternary_labels,
+                          instance_label_from_xml, patch_positions, save_instance_label, split_patches, ternary_label)
+from support.data_sets import MULTI_ORGAN_SPLIT, count_grades, draw_split, find_glas
+from support.files import save_image, save_instances
+from support.images import read_image, read_instance_label
+from support.script import InputError
+from train import main
 from weight_map import create_weight_maps, encode_weight_map, weight_map
 
 CROSS = ndimage.generate_binary_structure(2, 1)

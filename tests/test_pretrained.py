@@ -7,22 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export_pretrained
 import numpy as np
 import pytest
 import torch
-from miniature import SMALL, make_multi_organ, nuclei
+import update_batch_norm
+import verify_pretrained
 from PIL import Image
 from skimage.data import immunohistochemistry
 from torch.nn import functional as F
 
-import export_pretrained
 import test as test_script
 import train
-import update_batch_norm
-import verify_pretrained
 from dataset import DataFolder
+from FullNet import create_model
+from miniature import SMALL, make_multi_organ, nuclei
 from my_transforms import get_transforms
-from utils import InputError, build_model, load_checkpoint, save_image, save_instances, sha256_of
+from support.checkpoints import load_checkpoint
+from support.files import save_image, save_instances, sha256_of
+from support.script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ['--n-layers', '4', '--growth-rate', '2', '--dilations', '1']
@@ -206,7 +209,7 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
     card = shipped.parent / 'README.md'
     text = card.read_text()
     weights = load_checkpoint(shipped)
-    model = build_model(weights['options']['model'])
+    model = create_model(**weights['options']['model'])
     assert text.startswith('# Weights\n\nKnown facts.\n\n<!-- written by')
     assert f'`{sha256_of(shipped)}`' in text and weights['commit'] in text and weights['data_sha256'] in text
     assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in text
@@ -340,7 +343,7 @@ def test_the_shipped_weights(tmp_path, monkeypatch, capsys):
     weights = load_checkpoint(path)
     assert weights['optimizer'] == {} and all(value.dtype == torch.float32 for value in weights['state_dict'].values()
                                               if value.is_floating_point())
-    assert sum(p.numel() for p in build_model(weights['options']['model']).parameters()) == 1_780_233
+    assert sum(p.numel() for p in create_model(**weights['options']['model']).parameters()) == 1_780_233
     assert {'mean_std', 'lab', 'data_sha256', 'commit', 'hours', 'stages', 'scores', 'packages'} <= weights.keys()
     found = json.loads((path.parent / 'expected.json').read_text())
     assert verify_pretrained.card_section(path, found) in (path.parent / 'README.md').read_text()       # and the hash

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from miniature import SMALL, make_multi_organ, nuclei
 from PIL import Image
 
+from miniature import SMALL, make_multi_organ, nuclei
 from scripts import benchmark, demo_report
-from utils import InputError, load_checkpoint, save_checkpoint, save_image, save_instances
+from support.checkpoints import load_checkpoint, save_checkpoint
+from support.files import save_image, save_instances
+from support.script import InputError
 
 
 @pytest.mark.parametrize('script, words, message', [

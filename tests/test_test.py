@@ -7,23 +7,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export_pretrained
 import numpy as np
 import pytest
 import tifffile
 import torch
-from miniature import SMALL, make_multi_organ, nuclei, pixels
 from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.segmentation import find_boundaries
 
-import export_pretrained
 import test as test_script
 import train
-from dataset import read_instance_label
+from FullNet import create_model
+from miniature import SMALL, make_multi_organ, nuclei, pixels
 from prepare_data import Reinhard_normalizer
-from utils import (InputError, Processes, build_model, dilate, load_checkpoint, match_objects, save_instances,
-                   standard_metrics)
+from support.checkpoints import load_checkpoint
+from support.devices import Processes
+from support.files import save_instances
+from support.images import read_instance_label
+from support.script import InputError
+from utils import dilate, match_objects, standard_metrics
 
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = ['--model-path', str(GOLDEN / 'tiny_checkpoint.pth.tar'), '--n-layers', '4', '--growth-rate', '8',
@@ -130,7 +134,7 @@ def test_images_without_labels(images):
 
 def test_amp_is_autocast_on_processors_with_amx_and_only_there(images, monkeypatch):
     """autocast runs the plain modules, whose hooks are called; FastStage calls none."""
-    monkeypatch.setattr('FullNet.MIN_PIXELS', 0)
+    monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
     maps = {}
     for amx in (False, True):
         seen = set()
@@ -143,7 +147,7 @@ def test_amp_is_autocast_on_processors_with_amx_and_only_there(images, monkeypat
             return model
         with monkeypatch.context() as patch:
             patch.setattr(test_script, 'load_model', with_hooks)
-            out = segment(images, '--amp', 'True', '--overwrite', 'True', '--save-dir', f'amx {amx}')
+            segment(images, '--amp', 'True', '--overwrite', 'True', '--save-dir', f'amx {amx}')
         assert seen == ({torch.bfloat16} if amx else set())
         maps[amx] = pixels(Path(f'amx {amx}/set_prob_maps/a_prob_inside.png')).astype(int)
     assert 0 < np.abs(maps[True] - maps[False]).max() <= 0.02 * 255
@@ -184,7 +188,7 @@ def test_segment_from_python_gives_what_test_py_writes(images, own_checkpoint):
 
 
 def test_amp_changes_little(images, own_checkpoint, monkeypatch):
-    monkeypatch.setattr('FullNet.MIN_PIXELS', 0)
+    monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
     image = pixels(images / 'set' / 'a.png')
     exact, half = (test_script.segment(image, 'own.pth.tar', '--tta', 'none', '--amp', amp)[1] for amp in ('0', '1'))
     assert 0 < np.abs(exact - half).mean() < 0.02
@@ -350,7 +354,7 @@ def test_a_single_image_and_a_folder_with_other_files(images, tmp_path):
 @pytest.mark.parametrize('name', ['FullNet', 'FCN_pooling'])
 @pytest.mark.filterwarnings('ignore')
 def test_images_of_any_size(tmp_path, shape, name):
-    model = build_model(dict(name=name, n_layers=4, growth_rate=2))
+    model = create_model(**dict(name=name, n_layers=4, growth_rate=2))
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'any.pth.tar')
     image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     words = ['--name', name, '--n-layers', '4', '--growth-rate', '2', '--patch-size', '64', '--overlap', '20']

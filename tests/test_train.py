@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 import skimage
 import torch
-from miniature import SMALL, make_glas, make_multi_organ
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 import test
 import train
-import utils
+from miniature import SMALL, make_glas, make_multi_organ
 from options import TRAIN, Options
-from utils import InputError, MixedPrecision, accuracy_pixel_level, load_checkpoint
+from support import checkpoints, devices, files, run_folder
+from support.checkpoints import load_checkpoint
+from support.devices import MixedPrecision
+from support.script import InputError
+from utils import accuracy_pixel_level
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +73,7 @@ def test_a_run_writes_what_the_paper_s_code_writes_and_more(base, data):
     header = (folder / 'epoch_results.txt').read_text().splitlines()[0]
     assert header.split('\t') == ['epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc', 'train_iou',
                                   'val_loss', 'val_acc', 'val_iou']
-    assert sorted(p.name for p in folder.iterdir()) == sorted(set(train.RUN_FILES) - {'val_grid.png'})
+    assert sorted(p.name for p in folder.iterdir()) == sorted(set(run_folder.RUN_FILES) - {'val_grid.png'})
     assert sorted(p.name for p in (folder / 'checkpoints').iterdir()) == ['checkpoint.pth.tar',
                                                                          'checkpoint_best.pth.tar']
     assert list((folder / 'tb_logs').iterdir()) and Image.open(folder / 'learning_curve.png').width > 500
@@ -128,7 +131,7 @@ def test_options_that_change_the_weights(base, data, tmp_path, words):
 
 
 def test_amp_computes_in_bfloat16_and_resumes_exactly(base, data, tmp_path, monkeypatch):
-    monkeypatch.setattr('FullNet.MIN_PIXELS', 0)
+    monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
     words = ['--amp', 'True', '--epochs', '2']
     whole = run(data, tmp_path / 'whole', *words)[0]
     assert not same_weights(whole, run(data, tmp_path / 'float32', '--epochs', '2')[0])
@@ -206,8 +209,8 @@ def test_start_epoch(data, tmp_path):
 
 def test_checkpoint_minutes(data, tmp_path, monkeypatch):
     saved = []
-    save = train.save_checkpoint
-    monkeypatch.setattr(train, 'save_checkpoint', lambda path, c: (saved.append(c['batch']), save(path, c)))
+    save = run_folder.save_checkpoint
+    monkeypatch.setattr(run_folder, 'save_checkpoint', lambda path, c: (saved.append(c['batch']), save(path, c)))
     run(data, tmp_path / 'a')
     assert saved == [0]
     run(data, tmp_path / 'b', '--checkpoint-minutes', '0')
@@ -216,11 +219,11 @@ def test_checkpoint_minutes(data, tmp_path, monkeypatch):
 
 def test_auto_takes_as_many_loader_processes_as_the_machine_has_cpus_for(monkeypatch):
     gpu, cpu = (argparse.Namespace(device=torch.device(name)) for name in ('cuda', 'cpu'))
-    assert [train.loader_processes('auto', cpu), train.loader_processes(3, gpu)] == [1, 3]
+    assert [devices.loader_processes('auto', cpu), devices.loader_processes(3, gpu)] == [1, 3]
     for cpus, processes, expected in ((16, '', 15), (64, '1', 16), (64, '8', 2), (1, '', 1), (4, '8', 1)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cpus), raising=False)
         monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
-        assert train.loader_processes('auto', gpu) == expected
+        assert devices.loader_processes('auto', gpu) == expected
 
 
 def test_pixel_results_are_those_of_the_arrays():
@@ -284,7 +287,7 @@ def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(base, data, tmp_path, 
     whole, rows = run(data, tmp_path / 'whole', *words)
     names = sorted(path.name for path in (tmp_path / 'whole/checkpoints').iterdir())
     for name in ('checkpoint_2.pth.tar', 'checkpoint.pth.tar', 'epoch_results.txt', 'learning_curve.png'):
-        folder, atomic_path = tmp_path / name, utils.atomic_path
+        folder, atomic_path = tmp_path / name, files.atomic_path
         latest = folder / 'checkpoints/checkpoint.pth.tar'
 
         def full(path):
@@ -292,8 +295,9 @@ def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(base, data, tmp_path, 
                 raise OSError(errno.ENOSPC, 'No space left on device', str(path))
             return atomic_path(path)
         with monkeypatch.context() as patch, pytest.raises(InputError, match='make room.* go on with: .*--checkpoint'):
-            patch.setattr(utils, 'atomic_path', full)
-            patch.setattr(train, 'atomic_path', full)
+            patch.setattr(files, 'atomic_path', full)
+            patch.setattr(checkpoints, 'atomic_path', full)
+            patch.setattr(run_folder, 'atomic_path', full)
             run(data, folder, *words)
         resumed, again = run(data, folder, '--checkpoint-path', str(latest), small=False)
         assert same_weights(resumed, whole) and again == rows
@@ -301,22 +305,22 @@ def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(base, data, tmp_path, 
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, monkeypatch):
-    finish_epoch = train.TrainingState.finish_epoch
+    finish_epoch = run_folder.TrainingState.finish_epoch
 
     def spoil(state, val):
         if state.epoch == 1:
             state.model.conv2.weight.data[0, 0] = math.nan
         return finish_epoch(state, val)
-    monkeypatch.setattr(train.TrainingState, 'finish_epoch', spoil)
+    monkeypatch.setattr(run_folder.TrainingState, 'finish_epoch', spoil)
     with pytest.raises(InputError, match='weights are no longer finite after 2 epochs and 0 steps; the last good'):
         run(data, tmp_path / 'run', '--epochs', '2')
     assert load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
 
 
 def test_without_git_there_is_no_commit(data, tmp_path, monkeypatch):
-    assert train.git_commit(tmp_path) is None and train.git_commit(ROOT / 'tests') is None
+    assert run_folder.git_commit(tmp_path) is None and run_folder.git_commit(ROOT / 'tests') is None
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert train.git_commit(ROOT) is None
+    assert run_folder.git_commit(ROOT) is None
 
 
 def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
@@ -361,7 +365,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monk
         run.save_latest()
         if run.state.step == steps:
             raise Stop
-    monkeypatch.setattr(train.Run, 'save_if_due', crash)
+    monkeypatch.setattr(run_folder.Run, 'save_if_due', crash)
     with pytest.raises(Stop):
         run(data, tmp_path / 'parts', *options)
     monkeypatch.undo()
@@ -375,6 +379,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monk
     for k, values in whole['optimizer']['state'].items():
         assert all(torch.equal(resumed['optimizer']['state'][k][name], value) for name, value in values.items())
     assert (resumed['best_iou'], resumed['history']) == (whole['best_iou'], whole['history'])
+
+
+def test_a_checkpoint_of_an_earlier_version_from_the_middle_of_an_epoch_goes_on(data, tmp_path):
+    """Written by commit b1a071d after 3 steps of FOUR_EPOCHS; the numbers are those with which that commit went on."""
+    path = tmp_path / 'run/checkpoints/checkpoint.pth.tar'
+    path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / 'tests/checkpoint_b1a071d.pth.tar', path)
+    train.main(['--checkpoint-path', str(path), '--data-dir', str(data)])
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint['epoch'], checkpoint['step'], len(checkpoint['history'])) == (4, 8, 4)
+    assert checkpoint['history'][3] == pytest.approx([4, 3.857681, 3.795967, 0.061713, 0.629687, 0.025944, 1.838738,
+                                                      0.643555, 0.217997], rel=1e-4)
+    assert checkpoint['state_dict']['conv2.weight'].abs().sum().item() == pytest.approx(91.501472, rel=1e-5)
 
 
 def test_num_epochs_may_grow_when_the_rate_is_constant(data, tmp_path):

@@ -10,7 +10,8 @@ from scipy import ndimage
 import my_transforms
 from my_transforms import (LabelEncoding, Normalize, RandomAffine, RandomCrop, RandomElastic, RandomFlip, RandomResize,
                            RandomRotation, Scale, ToTensor, get_transforms)
-from utils import InputError, disk
+from support.script import InputError
+from utils import disk
 
 GOLDEN = Path(__file__).parent / 'golden'
 RNG = np.random.default_rng(0)

@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
 import utils
-from dataset import read_instance_label
-from FullNet import FullNet
-from utils import (InputError, WeightAverage, atomic_path, choose_device, dilate, disk, load_checkpoint, load_weights,
-                   orient, orient_back, post_process, predict_in_bands, predict_probabilities, remove_small_components,
-                   save_checkpoint, save_instances, split_forward, window_grid)
+from FullNet import FullNet, create_model
+from support import devices, files, script
+from support.checkpoints import WeightAverage, load_checkpoint, load_weights, save_checkpoint
+from support.devices import choose_device
+from support.files import atomic_path, save_instances
+from support.images import read_instance_label
+from support.script import InputError
+from utils import (dilate, disk, orient, orient_back, post_process, predict_in_bands, predict_probabilities,
+                   remove_small_components, split_forward, window_grid)
 
 GOLDEN = Path(__file__).parent / 'golden'
 ROOT = Path(__file__).parents[1]
@@ -248,13 +251,13 @@ def test_a_missing_checkpoint(tmp_path):
     (dict(compress_ratio=0.4), 'compress_ratio or another option differs'),
 ])
 def test_a_mismatch_names_the_differing_option(change, message):
-    other, model = utils.build_model({**MODEL, **change}), utils.build_model(MODEL)
+    other, model = create_model(**{**MODEL, **change}), create_model(**MODEL)
     with pytest.raises(InputError, match=message):
         load_weights(model, other.state_dict(), MODEL, 'file')
 
 
 def test_missing_extra_and_broken_weights_are_named():
-    model = utils.build_model(MODEL)
+    model = create_model(**MODEL)
     weights = dict(model.state_dict())
     with pytest.raises(InputError, match='1 extra: more'):
         load_weights(model, {**weights, 'more': torch.zeros(1)}, MODEL, 'file')
@@ -265,7 +268,7 @@ def test_missing_extra_and_broken_weights_are_named():
 
 
 def test_half_and_double_weights_are_converted_with_a_warning():
-    model = utils.build_model(MODEL)
+    model = create_model(**MODEL)
     weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     with pytest.warns(UserWarning, match='float16 weights, converted to float32'):
         load_weights(model, weights, MODEL, 'file')
@@ -279,7 +282,7 @@ def test_saved_checkpoints_are_in_the_published_format(tmp_path):
 
 
 def test_weight_average_follows_the_weights():
-    model = utils.build_model(MODEL)
+    model = create_model(**MODEL)
     average = WeightAverage(model, 0.9)
     start = model.conv2.weight.clone()
     model.train()(torch.randn(1, 3, 8, 8))                     # one batch seen: decay min(0.9, 2 / 11)
@@ -305,7 +308,7 @@ def test_weight_average_follows_the_weights():
 
 def test_an_error_while_saving_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / 'file.txt'
-    utils.write_text(path, 'old')
+    files.write_text(path, 'old')
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         Path(temporary).write_text('half')
         raise RuntimeError
@@ -326,8 +329,8 @@ def test_instances_are_saved_with_the_depth_they_need(tmp_path):
 
 def test_instances_above_4_gb_are_a_bigtiff(tmp_path, monkeypatch):
     label = np.arange(300 * 300).reshape(300, 300) % 500
-    for limit, version in ((utils.BIG, 42), (100_000, 43)):
-        monkeypatch.setattr(utils, 'BIG', limit)
+    for limit, version in ((files.BIG, 42), (100_000, 43)):
+        monkeypatch.setattr(files, 'BIG', limit)
         save_instances(tmp_path / 'a.tiff', label)
         assert (tmp_path / 'a.tiff').read_bytes()[:4] == b'II' + bytes([version, 0])
         assert np.array_equal(read_instance_label(tmp_path / 'a.tiff'), label)
@@ -379,7 +382,7 @@ def set_variables(monkeypatch, values):
 ])
 def test_the_place_among_the_processes_of_torchrun(monkeypatch, values, place):
     set_variables(monkeypatch, values)
-    assert utils.place_among_processes() == place
+    assert script.place_among_processes() == place
 
 
 @pytest.mark.parametrize('values, message', [
@@ -399,12 +402,13 @@ def test_the_place_among_the_processes_of_torchrun(monkeypatch, values, place):
 def test_variables_of_torchrun_that_are_half_there_are_refused(monkeypatch, values, message):
     set_variables(monkeypatch, values)
     with pytest.raises(InputError, match=f'^the environment variable {message}; torchrun sets WORLD_SIZE, RANK'):
-        utils.place_among_processes()
+        script.place_among_processes()
 
 
 @pytest.mark.parametrize('value', ['1', '', 'x'])
 def test_a_rank_alone_is_one_line_and_exit_code_2(value):
-    program = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import utils; utils.run_script(utils.Processes)'
+    program = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); from support import devices, script; '
+               'script.run_script(devices.Processes)')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
                           env={name: text for name, text in os.environ.items() if name not in WHOLE} | {'RANK': value})
     assert done.returncode == 2 and done.stderr.count('\n') == 1
@@ -413,14 +417,15 @@ def test_a_rank_alone_is_one_line_and_exit_code_2(value):
 
 @pytest.mark.parametrize('body, code, words', [
     ('pass', 0, ''),
-    ("raise utils.InputError('found a, expected b')", 2, 'error: found a, expected b'),
+    ("raise script.InputError('found a, expected b')", 2, 'error: found a, expected b'),
     ("open('/no/such/file')", 2, 'error: No such file or directory: /no/such/file'),
     ("raise OSError(28, 'No space left on device', 'x.png')", 2, 'no space left on the disk while writing x.png'),
     ('raise KeyboardInterrupt', 130, 'interrupted'),
     ('1 / 0', 1, 'ZeroDivisionError'),
 ])
 def test_exit_codes(body, code, words):
-    program = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import utils\ndef main(): {body}\nutils.run_script(main)'
+    program = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); from support import script\n'
+               f'def main(): {body}\nscript.run_script(main)')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == code and words in done.stderr
     assert done.stderr.count('\n') <= 1 or code == 1
@@ -428,7 +433,7 @@ def test_exit_codes(body, code, words):
 
 def test_a_signal_stops_at_the_next_check_after_saving():
     saved = []
-    with pytest.raises(SystemExit) as stopped, utils.StopRequest(utils.Processes([])) as stop:
+    with pytest.raises(SystemExit) as stopped, script.StopRequest(devices.Processes([])) as stop:
         stop.check(lambda: saved.append('too early'))
         signal.raise_signal(signal.SIGTERM)
         stop.check(lambda: saved.append('saved'))
@@ -436,11 +441,11 @@ def test_a_signal_stops_at_the_next_check_after_saving():
 
 
 def test_a_second_signal_stops_at_once():
-    with pytest.raises(SystemExit) as stopped, utils.StopRequest(utils.Processes([])):
+    with pytest.raises(SystemExit) as stopped, script.StopRequest(devices.Processes([])):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
-    with pytest.raises(KeyboardInterrupt), utils.StopRequest(utils.Processes([])):
+    with pytest.raises(KeyboardInterrupt), script.StopRequest(devices.Processes([])):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
 

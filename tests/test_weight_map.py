@@ -9,9 +9,11 @@ from PIL import Image
 from scipy import ndimage
 
 import weight_map as weight_map_module
-from dataset import read_instance_label
-from utils import InputError, save_image
-from weight_map import encode_weight_map, label_name, main, object_boundaries, weight_map
+from support.files import save_image
+from support.images import label_name, read_instance_label
+from support.script import InputError
+from train import main
+from weight_map import decode_weight_map, encode_weight_map, object_boundaries, weight_map
 
 GOLDEN = Path(__file__).parent / 'golden'
 REAL = Path(__file__).resolve().parents[2] / 'shared' / 'data'
@@ -213,6 +215,11 @@ def test_script_takes_masks_when_told(tmp_path):
     main([*arguments, '--binary-labels'])
     stored = np.array(Image.open(tmp_path / 'maps' / 'a_weight.png'))
     assert np.array_equal(stored, encode_weight_map(weight_map(ndimage.label(mask)[0])))
+
+
+def test_a_decoded_map_is_the_weight_plus_1():
+    w = np.linspace(0, 10, 1001)
+    assert np.abs(decode_weight_map(encode_weight_map(w)) - (w + 1)).max() <= 0.025 + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,320 @@
+"""How words of the command line become options."""
+import json
+import math
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+from support.files import results_folder, run_of, write_text
+from support.script import InputError, Parser
+
+PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # empty only if left out
+
+
+class by_dataset(NamedTuple):
+    """A default that differs between the two data sets of the paper."""
+    MultiOrgan: Any
+    GlaS: Any
+
+
+class Option(NamedTuple):
+    """default value, how a word of the command line becomes a value, what it means, and what is allowed."""
+    default: Any
+    parse: Callable
+    help: str
+    choices: tuple = ()
+    at_least: float = None           # smallest allowed value
+    below: float = None              # allowed values are smaller than this
+    many: bool = False               # takes one or more words, parsed together
+    flags: tuple = ()                # further names on the command line
+
+
+def boolean(word):
+    """True or False (published `--save-flag False` was true)."""
+    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+    if word.lower() not in values:
+        raise ValueError('expected True or False')
+    return values[word.lower()]
+
+
+def tta_mode(word):
+    """full / flips / none; True and False are full and none."""
+    word = word.lower()
+    word = {'true': 'full', 'false': 'none'}.get(word, word)
+    if word not in ('full', 'flips', 'none'):
+        raise ValueError('expected full, flips or none')
+    return word
+
+
+def gpu_list(words):
+    """`01`, `0,1` and `0 1` are GPUs 0 and 1; `10,11` is 10 and 11; `cpu` is none; `auto` the best device there is."""
+    text = ' '.join(words)
+    if text in ('auto', 'cpu'):
+        return 'auto' if text == 'auto' else []
+    separated = text.replace(',', ' ').split()
+    if text.isdigit():
+        separated = list(text)                       # the published meaning: one digit, one GPU
+    if not separated or not all(word.isdigit() for word in separated):
+        raise ValueError('expected GPU numbers such as 0 or 0,1, or cpu, or auto')
+    return [int(word) for word in separated]
+
+
+def workers_count(word):
+    """A number of processes, or `auto`."""
+    if word != 'auto' and not word.isdigit():
+        raise ValueError('expected a whole number of at least 0, or auto')
+    return word if word == 'auto' else int(word)
+
+
+def int_tuple(words):
+    return tuple(int(word) for word in ' '.join(words).replace(',', ' ').split())
+
+
+def numbers(count, kind=float):
+    def parse(words):
+        values = tuple(kind(word) for word in ' '.join(words).replace(',', ' ').split())
+        if len(values) != count:
+            raise ValueError(f'expected {count} number{"s" * (count > 1)}')
+        return values if count > 1 else values[0]
+    return parse
+
+
+def points_and_sigma(words):
+    points, sigma = numbers(2)(words)
+    if not points.is_integer():
+        raise ValueError('expected a whole number of points and a sigma')
+    return int(points), sigma
+
+
+def float_pair(words):
+    values = tuple(float(word) for word in ' '.join(words).replace(',', ' ').split())
+    if len(values) != 2 or not values[0] < values[1]:
+        raise ValueError('expected two numbers LO HI with LO < HI')
+    return values
+
+
+def show(value):
+    if isinstance(value, (tuple, list)):
+        return ' '.join(str(v) for v in value) or 'cpu'
+    return 'none' if value is None else str(value) if value != '' else "''"
+
+
+TRANSFORM_PARSERS = {                 # in the order in which transforms are applied
+    'scale': numbers(1, int),
+    'random_resize': numbers(2),
+    'horizontal_flip': lambda words: boolean(' '.join(words)),
+    'vertical_flip': lambda words: boolean(' '.join(words)),
+    'random_affine': numbers(1),
+    'random_elastic': points_and_sigma,
+    'random_rotation': numbers(1),
+    'random_crop': numbers(1, int),
+    'label_encoding': numbers(1, int),
+    'to_tensor': numbers(1, int),
+    'normalize': lambda words: boolean(' '.join(words)),
+}
+
+
+def set_transform(transforms, name, value):
+    """A copy of the ordered dict `transforms` with `name` set in its usual place, or removed if `value` is None."""
+    if name in transforms or value is None:
+        changed = {**transforms, name: value}
+        return {key: changed[key] for key in changed if changed[key] is not None}
+    order = list(TRANSFORM_PARSERS)
+    before = [key for key in transforms if order.index(key) < order.index(name)]
+    return {**{key: transforms[key] for key in before}, name: value,
+            **{key: transforms[key] for key in transforms if key not in before}}
+
+
+class CommandLine:
+    """The option groups of one script as dictionaries: `opt.train['lr']`, ...; a subclass has the tables.
+
+    script: train, test or prepare. dataset_option: the Option of the data set, given as one of `dataset_flags`. groups:
+    {group: {name: Option}}. transforms: {split: by_dataset of {name: value}}. `given` holds the (group, name) of what
+    came from the command line.
+    """
+
+    def __init__(self, script, dataset_option, groups, transforms, dataset_flags=('--dataset',)):
+        self.script, self.dataset_option, self.dataset_flags = script, dataset_option, dataset_flags
+        self.groups, self.transforms = groups, transforms
+        self.program = {'prepare': 'prepare_data.py'}.get(script, f'{script}.py')
+        self.given = set()
+
+    def check(self):
+        """What a subclass knows of its options: raises InputError for values that are not allowed."""
+
+    def parse(self, argv=None):
+        """Read the command line (`sys.argv` if `argv` is None) over the defaults; returns self."""
+        first = Parser(add_help=False, prog=self.program, allow_abbrev=False)
+        first.add_argument(*self.dataset_flags, dest='dataset', choices=by_dataset._fields)
+        dataset = first.parse_known_args(argv)[0].dataset
+        if dataset:
+            self.given.add(('', 'dataset'))
+        self.dataset = dataset or self.dataset_option.default
+
+        defaults = self._defaults()
+        words = vars(self._parser(defaults).parse_args(argv))
+        for group, options in self.groups.items():
+            values = dict(defaults[group])
+            for name, option in options.items():
+                given = words[f'{group}.{name}']
+                if given is not None:
+                    values[name] = self._convert(name, option, given)
+                    self.given.add((group, name))
+            setattr(self, group, values)
+        self.transform = {}
+        for split in self.transforms:
+            transforms = dict(getattr(self.transforms[split], self.dataset))
+            for name in TRANSFORM_PARSERS:
+                given = words[f'transform.{split}.{name}']
+                if given is not None:
+                    option = Option(None, TRANSFORM_PARSERS[name], '', many=True)
+                    value = None if given == ['none'] else self._convert(f'transform.{split}.{name}', option, given)
+                    transforms = set_transform(transforms, name, value)
+                    self.given.add((f'transform.{split}', name))
+            self.transform[split] = transforms
+        self._resolve()
+        self._check_values()
+        self._check_transforms()
+        self.check()
+        return self
+
+    def _defaults(self):
+        return {group: {name: getattr(option.default, self.dataset) if isinstance(option.default, by_dataset)
+                        else option.default for name, option in options.items()}
+                for group, options in self.groups.items()}
+
+    def _parser(self, defaults):
+        parser = Parser(prog=self.program, allow_abbrev=False,
+                        description=f'Options of {self.program}; defaults in options.py.')
+        parser.add_argument(*self.dataset_flags, dest='dataset', default=self.dataset_option.default,
+                            choices=by_dataset._fields, help=self.dataset_option.help)
+        for group, options in self.groups.items():
+            section = parser.add_argument_group(group)
+            for name, option in options.items():
+                choices = f' ({", ".join(filter(None, option.choices))})' if option.choices else ''
+                words = dict(nargs='+') if option.many else \
+                    dict(nargs='?', const='True') if option.parse is boolean else {}            # --amp means --amp True
+                text = f'{option.help}{choices} [{show(defaults[group][name])}]'.replace('%', '%%')
+                section.add_argument('--' + name.replace('_', '-'), *option.flags, dest=f'{group}.{name}',
+                                     metavar=name.upper(), help=text, **words)
+        for split in self.transforms:
+            section = parser.add_argument_group(f'transform.{split}',
+                                                'as in TRANSFORM of options.py; `none` removes one')
+            now = getattr(self.transforms[split], self.dataset)
+            for name in TRANSFORM_PARSERS:
+                section.add_argument(f'--transform.{split}.{name}', nargs='+', metavar='VALUE',
+                                     help=f'[{show(now.get(name, "none"))}]')
+        return parser
+
+    @staticmethod
+    def _convert(name, option, given):
+        flag = name if name.startswith('transform.') else name.replace('_', '-')
+        try:
+            value = option.parse(given)
+        except (ValueError, IndexError) as error:
+            shown = ' '.join(given) if option.many else given
+            reason = str(error) if str(error).startswith('expected') else \
+                f'expected {"a whole number" if option.parse is int else "a number"}'
+            raise InputError(f"--{flag} is '{shown}'; {reason}") from error
+        return value
+
+    def _resolve(self):
+        """Fill in what depends on other options: {dataset}, {run} and {epoch} in paths, input_size in transforms."""
+        for group in self.groups:
+            values = getattr(self, group)
+            run = self._run_number(values.get('epoch')) if group in ('train', 'test') else None
+            for name, value in values.items():
+                if isinstance(value, str) and (group, name) not in self.given:
+                    values[name] = value.format(dataset=self.dataset, run=run, epoch=values.get('epoch'))
+        if self.script == 'train':
+            crop = self.transform['train']
+            if crop.get('random_crop') == 'input_size':
+                crop['random_crop'] = self.train['input_size']
+        if self.script == 'test' and ('test', 'img_dir') in self.given and ('test', 'label_dir') not in self.given:
+            self.test['label_dir'] = ''
+        # without --save-dir, a run that is resumed and the results of a checkpoint stay in its run folder
+        if self.script == 'train' and ('train', 'save_dir') not in self.given:
+            self.train['save_dir'] = run_of(self.train['checkpoint']) or self.train['save_dir']
+        if self.script == 'test' and ('test', 'model_path') in self.given and ('test', 'save_dir') not in self.given:
+            self.test['save_dir'] = results_folder(self.test['model_path'], self.dataset)
+
+    def _run_number(self, epoch):
+        """Training takes the next free number in ./experiments/{dataset}, testing the newest that has the checkpoint.
+
+        Where none has it, the newest; 1 if there is none.
+        """
+        folder = Path('experiments') / self.dataset
+        numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+        if self.script == 'train':
+            return max(numbers, default=0) + 1
+        saved = [n for n in numbers if (folder / str(n) / 'checkpoints' / f'checkpoint_{epoch}.pth.tar').is_file()]
+        return max(saved or numbers, default=1)
+
+    def _check_values(self):
+        for group, options in self.groups.items():
+            for name, option in options.items():
+                value, flag = getattr(self, group)[name], '--' + name.replace('_', '-')
+                if value == '' and (group, name) in self.given and name in PATHS:          # "$UNSET" in a shell
+                    raise InputError(f"{flag} is ''; expected a path, or leave it out")
+                if option.choices and value not in option.choices:
+                    raise InputError(f"{flag} is '{value}'; expected one of "
+                                     + ', '.join(choice or "''" for choice in option.choices))
+                if option.at_least is not None and not value >= option.at_least:      # `not >=` also catches NaN
+                    raise InputError(f'{flag} is {value}; expected at least {option.at_least}')
+                if option.below is not None and not value < option.below:
+                    raise InputError(f'{flag} is {value}; expected less than {option.below}')
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise InputError(f'{flag} is {value}; expected a finite number')
+
+    def _check_transforms(self):
+        at_least = {'scale': 1, 'random_crop': 1, 'label_encoding': 0, 'random_affine': 0, 'random_rotation': 0}
+        for split, transforms in self.transform.items():
+            for name, value in transforms.items():
+                flag = f'--transform.{split}.{name}'
+                if split == 'test' and name not in ('scale', 'to_tensor', 'normalize'):
+                    raise InputError(f'{flag} is {show(value)}; expected none: in testing images may be scaled and '
+                                     f'normalised, nothing else')
+                if not all(math.isfinite(x) for x in (value if isinstance(value, (tuple, list)) else [value])):
+                    raise InputError(f'{flag} is {show(value)}; expected finite numbers')
+                if name in at_least and not value >= at_least[name]:
+                    raise InputError(f'{flag} is {value}; expected at least {at_least[name]}')
+                if name == 'random_resize' and not 0 < value[0] <= value[1]:
+                    raise InputError(f'{flag} is {show(value)}; expected two factors LO HI with 0 < LO <= HI')
+                if name == 'random_elastic' and not (value[0] >= 1 and value[1] >= 0):
+                    raise InputError(f'{flag} is {show(value)}; expected at least 1 point and a sigma of at least 0')
+            if transforms.get('to_tensor') != 1:
+                raise InputError(f'--transform.{split}.to_tensor is {transforms.get("to_tensor", "none")}; expected 1: '
+                                 f'the image becomes numbers, weight map and label stay whole numbers')
+            if 'label_encoding' not in transforms and split != 'test':
+                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: losses need classes')
+
+    def as_dict(self):
+        """All groups in one nested dict of plain values, for JSON."""
+        return {'dataset': self.dataset, **{group: getattr(self, group) for group in self.groups},
+                'transform': self.transform}
+
+    def describe(self):
+        """All options as text, one per line; changed ones are marked with their default."""
+        lines = [f'dataset: {self.dataset}']
+        defaults = self._defaults()
+        for group, options in self.groups.items():
+            lines.append(f'\n[{group}]')
+            for name in options:
+                default = defaults[group][name]
+                filled_in = '{' in str(default) and (group, name) not in self.given
+                changed = show(getattr(self, group)[name]) != show(default) and not filled_in
+                mark = f'    [default: {show(default)}]' if changed else ''
+                lines.append(f'{name}: {show(getattr(self, group)[name])}{mark}')
+        for split, transforms in self.transform.items():
+            lines.append(f'\n[transform.{split}]')
+            default = getattr(self.transforms[split], self.dataset)
+            for name in [*transforms, *(n for n in default if n not in transforms)]:
+                filled_in = default.get(name) == 'input_size' and (f'transform.{split}', name) not in self.given
+                value, usual = (show(values.get(name, 'none')) for values in (transforms, default))
+                mark = f'    [default: {usual}]' if value != usual and not filled_in else ''
+                lines.append(f'{name}: {value}{mark}')
+        return '\n'.join(lines) + '\n'
+
+    def save(self, folder):
+        """Write `{script}_options.txt` and the same as JSON into `folder`."""
+        write_text(Path(folder) / f'{self.script}_options.txt', self.describe())
+        write_text(Path(folder) / f'{self.script}_options.json', json.dumps(self.as_dict(), indent=1) + '\n')

@@ -1,0 +1,107 @@
+"""Hausdorff distances of many pairs of objects at a time."""
+import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
+
+from support.pictures import find_edges
+
+NO_OBJECT_HAUSDORFF = 1e5                          # gland: distance to an image without objects, pixels
+PIXELS_AT_ONCE = 2 ** 23                           # of the objects whose Hausdorff distances are computed together
+
+
+class ObjectShapes:
+    """The pixels of the objects 1..n of a label map, int (H, W), for Hausdorff distances.
+
+    flat_map: (H * W,) the map. on_edge: bool (H * W,), pixels with a 4-neighbour outside the object or the image.
+    pixels, edges: sparse bool (n + 1, H * W), row i holds all pixels of object i, and those on its edge.
+    area: (n,) pixels. boxes: (n, 4) top, left, bottom, right of the bounding boxes, inclusive.
+    """
+
+    def __init__(self, label_map):
+        self.width = label_map.shape[1]
+        self.flat_map, self.on_edge = label_map.ravel(), find_edges(label_map).ravel()
+        places = np.flatnonzero(label_map)
+        n = label_map.max()
+        self.pixels = self._rows(places, n)
+        self.edges = self._rows(places[self.on_edge[places]], n)
+        self.area = np.diff(self.pixels.indptr)[1:]
+        y, x = np.divmod(self.edges.indices, self.width)
+        starts = self.edges.indptr[1:-1]                              # every object has an edge
+        self.boxes = np.stack([np.minimum.reduceat(y, starts), np.minimum.reduceat(x, starts),
+                               np.maximum.reduceat(y, starts), np.maximum.reduceat(x, starts)], axis=1)
+
+    def _rows(self, places, n):
+        """Pixels at some places of the flat map, by object. A sparse matrix sorts by counting, in one pass."""
+        rows = (np.ones(len(places), bool), (self.flat_map[places], places))
+        return sparse.coo_array(rows, shape=(n + 1, len(self.flat_map))).tocsr()
+
+
+def _pixels_of(rows, objects):
+    """(index into `objects`, place in the flat map) of all pixels in these rows of a sparse matrix, both (pixels,)."""
+    chosen = rows[objects]
+    return np.repeat(np.arange(len(objects)), np.diff(chosen.indptr)), chosen.indices
+
+
+def hausdorff_distances(a_shapes, a, b_shapes, b):
+    """Symmetric Hausdorff distance, in pixels, between all pixels of objects a[k] and b[k], for every k. Exact.
+
+    a, b: int (n,), objects of two maps of one shape. Returns float (n,).
+    """
+    pixels = int(a_shapes.area[a - 1].sum() + b_shapes.area[b - 1].sum())
+    pieces = np.array_split(np.arange(len(a)), pixels // PIXELS_AT_ONCE + 1)
+    return np.concatenate([np.maximum(_directed_hausdorff(a_shapes, a[i], b_shapes, b[i]),
+                                      _directed_hausdorff(b_shapes, b[i], a_shapes, a[i])) for i in pieces])
+
+
+def _directed_hausdorff(a_shapes, a, b_shapes, b):
+    """Largest distance from a pixel of a[k] to its nearest pixel of b[k], (n,).
+
+    Few pixels decide it. Those of `a` inside `b` have distance 0. For any other one, the nearest pixel of `b` is on
+    b's edge: were its 4-neighbours all in `b`, the one a step towards the pixel would be nearer. And outside the
+    bounding box of `b` only the edge of `a` counts: a step away from the box leads away from all of `b`, so
+    a pixel whose 4-neighbours are all in `a` is not the farthest. Within the box such a pixel is left out if it
+    touches `b`: its distance is 1, the smallest there is.
+
+    One tree of points (k, y, x) serves all pairs: their k lie further apart than any two pixels.
+    """
+    width = a_shapes.width
+    k, place = _pixels_of(a_shapes.pixels, a)
+    outside_b = b_shapes.flat_map[place] != b[k]
+    k, place = k[outside_b], place[outside_b]
+    distances = np.zeros(len(a))
+    distances[k] = 1
+    on_edge = a_shapes.on_edge[place]
+    y, x = np.divmod(place, width)
+    top, left, bottom, right = b_shapes.boxes[b[k] - 1].T
+    inner = np.flatnonzero(~on_edge & (y >= top) & (y <= bottom) & (x >= left) & (x <= right))
+    around = place[inner] + np.array([[-width], [-1], [1], [width]])                        # all in the image
+    inner = inner[(b_shapes.flat_map[around] != b[k[inner]]).all(axis=0)]
+    far = np.concatenate([np.flatnonzero(on_edge), inner])
+    k, place = k[far], place[far]
+
+    apart = width + len(a_shapes.flat_map) // width
+
+    def points(k, place):
+        return np.stack([k * apart, *np.divmod(place, width)], axis=1)
+    if len(k):
+        tree = cKDTree(points(*_pixels_of(b_shapes.edges, b)), leafsize=32, balanced_tree=False)       # sooner built
+        np.maximum.at(distances, k, tree.query(points(k, place))[0])
+    return distances
+
+
+def nearest_object_distances(shapes, objects, other_shapes):
+    """Smallest Hausdorff distance from each of `objects` to any object of the other map, (n,).
+
+    NO_OBJECT_HAUSDORFF if that has none. Where two sides of the bounding boxes lie d apart, the Hausdorff distance is
+    at least d (no pixel of the one object is nearer to the outer side of the other). So after the object with the
+    nearest box only those need a look whose boxes are no further away than it turns out to be.
+    """
+    if len(objects) == 0 or len(other_shapes.boxes) == 0:
+        return np.full(len(objects), NO_OBJECT_HAUSDORFF)
+    tree, boxes = cKDTree(other_shapes.boxes), shapes.boxes[objects - 1]
+    nearest = hausdorff_distances(shapes, objects, other_shapes, tree.query(boxes, p=np.inf)[1] + 1)
+    candidates = tree.query_ball_point(boxes, nearest, p=np.inf)
+    index = np.repeat(np.arange(len(objects)), [len(others) for others in candidates])
+    distances = hausdorff_distances(shapes, objects[index], other_shapes, np.concatenate(candidates).astype(int) + 1)
+    np.minimum.at(nearest, index, distances)
+    return nearest

@@ -1,0 +1,442 @@
+"""Reading images and instance labels, and folders of them."""
+import io
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from scipy import ndimage
+from scipy.io import loadmat
+
+from support.script import InputError, check_name, note
+
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
+LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
+WHOLE_SLIDE_EXTENSIONS = ('.svs', '.ndpi', '.mrxs', '.scn', '.vsi', '.czi', '.bif', '.vms')
+WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for instance with QuPath (File > Export images)'
+MAX_MEGAPIXELS = 1000
+# Deflate packs 1,032 to 1; a byte holds up to 8 palette pixels. Up to ANY_MEGAPIXELS a file may declare anything.
+PIXELS_PER_BYTE = 10_000
+ANY_MEGAPIXELS = 16
+
+Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
+
+
+def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
+    """Sorted paths of the image files in `folder` (hidden files skipped); `name_others` names what else is there.
+
+    Raises InputError if `folder` is missing, is a file, holds no image, or two images of one stem.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise InputError(f'no such folder: {folder}')
+    if not folder.is_dir():
+        raise InputError(f'expected a folder, found a file: {folder}')
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith('.'))
+    for name in names:
+        check_name(name, folder)
+    paths = [folder / n for n in names if Path(n).suffix.lower() in extensions]
+    if not paths:
+        slide = next((n for n in names if Path(n).suffix.lower() in WHOLE_SLIDE_EXTENSIONS), None)
+        raise InputError(f'no images in {folder}: looked for {" ".join(extensions)}, '
+                         f'saw {", ".join(names[:5]) or "an empty folder"}' + (f'; {WHOLE_SLIDE}' if slide else ''))
+    others = [n for n in names if Path(n).suffix.lower() not in extensions]
+    if name_others and others:
+        note(f'{len(others)} files in {folder} are not images and are skipped: ' + ', '.join(others[:5])
+             + ', ...' * (len(others) > 5))
+    by_stem = {}
+    for path in paths:
+        by_stem.setdefault(path.stem, []).append(path.name)
+    for same in by_stem.values():
+        if len(same) > 1:
+            raise InputError(f'two images of one name in {folder}: {" and ".join(same)}; keep one of them')
+    return paths
+
+
+def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
+    """The instance label of each image: `{name}`, `{name}_label` or `{name}_anno` in label_dir.
+
+    Raises InputError if some are missing, which ends with `hint`, or if an image has two.
+    """
+    files = {p.stem: p for p in list_images(label_dir, extensions)}
+    labels = [[files[path.stem + ending] for ending in ('', '_label', '_anno') if path.stem + ending in files]
+              for path in images]
+    missing = [path.name for path, found in zip(images, labels) if not found]
+    if missing:
+        raise InputError(missing_files_message('instance labels of images', missing, label_dir) + hint)
+    for path, found in zip(images, labels):
+        if len(found) > 1:
+            names = ' and '.join(label.name for label in found)
+            raise InputError(f'{names} in {label_dir} are both named as labels of {path.name}; keep one of them there')
+    return [found[0] for found in labels]
+
+
+def refuse_same_folder(data_dir, save_dir):
+    """Raise InputError if the results would be written among the input."""
+    if Path(data_dir).resolve() == Path(save_dir).resolve():
+        raise InputError(f'reading from and writing to the same folder {data_dir}; give another folder to write to')
+
+
+def missing_files_message(kind, missing, folder):
+    """One line naming up to five missing files and their count."""
+    names = ', '.join(missing[:5]) + (', ...' if len(missing) > 5 else '')
+    return f'{len(missing)} {kind} missing in {folder}: {names}'
+
+
+def open_image(path, max_megapixels=MAX_MEGAPIXELS):
+    """Open an image file lazily with Pillow: its header is read and its size checked, its pixels are not decoded.
+
+    Raises InputError if it is missing, empty, not an image, or larger than `max_megapixels`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'no such file: {path}' if not path.exists() else f'expected a file, found a folder: {path}')
+    try:
+        n_bytes = path.stat().st_size
+    except FileNotFoundError:                                    # moved away since the line above
+        raise InputError(f'no such file: {path}') from None
+    if n_bytes == 0:
+        raise InputError(f'{path} is empty (0 bytes); copy it again')
+    if path.suffix.lower() in WHOLE_SLIDE_EXTENSIONS:
+        raise InputError(f'{path}: {WHOLE_SLIDE}')
+    try:
+        image = Image.open(path)
+    except (Image.UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:
+        if isinstance(error, PermissionError):
+            raise InputError(f'cannot read {path}: permission denied') from error
+        if isinstance(error, FileNotFoundError):
+            raise InputError(f'no such file: {path}') from error
+        raise InputError(f'{path} is not an image that can be read ({type(error).__name__}); '
+                         f'expected one of {" ".join(IMAGE_EXTENSIONS)}') from error
+    megapixels = image.width * image.height / 1e6
+    if megapixels > max_megapixels:
+        raise InputError(f'{path} declares {image.width} x {image.height} = {megapixels:.0f} megapixels, more than '
+                         f'max_megapixels = {max_megapixels}; crop it or raise the limit')
+    if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * n_bytes:
+        raise InputError(f'{path} declares {image.width} x {image.height} pixels, more than its '
+                         f'{n_bytes:,} bytes can hold; it is damaged or truncated: copy it again')
+    offsets = [offset for _, _, offset, *_ in image.tile if isinstance(offset, int)]
+    if max(offsets, default=0) > n_bytes:                        # Pillow would ask for all up to there at once
+        raise damaged(path, 'pixels beyond the end of the file')
+    return image
+
+
+def image_size(path, max_megapixels=MAX_MEGAPIXELS):
+    """(height, width) of what `read_image` returns, by the file's header. Raises InputError as `open_image`."""
+    with open_image(path, max_megapixels) as image:
+        if orientation_of(image, path) != 1:                             # Pillow turns some TIFFs by itself, some not
+            try:
+                image = ImageOps.exif_transpose(image)
+            except Exception as error:
+                raise damaged(path, error) from error
+        return image.height, image.width
+
+
+def orientation_of(image, path):
+    """EXIF orientation, 1 to 8, of an opened Pillow image; 1 where there is none or it is no such number.
+
+    Raises InputError if the file is damaged: Pillow decodes a PNG to look for EXIF behind the pixels.
+    """
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception as error:
+        raise damaged(path, error) from error
+    return orientation if orientation in range(1, 9) else 1
+
+
+def damaged(path, error):
+    """The InputError for a file that a decoder failed on; one line, whatever the decoder said."""
+    said = ' '.join(str(error).split())[:200] or type(error).__name__
+    return InputError(f'{path} is damaged or truncated ({said}); copy it again')
+
+
+def decode(image, path):
+    """The pixels of an opened Pillow image as an array; raises InputError if the file is damaged."""
+    try:
+        return np.array(image)
+    except Exception as error:       # Pillow's decoders raise almost anything on damaged data
+        raise damaged(path, error) from error
+
+
+def bits_per_channel(image):
+    """Bits per channel in the file. Pillow opens a 16-bit RGB PNG, TIFF or PPM as if it had 8."""
+    if image.format == 'PNG' and image.tile:
+        raw_mode = image.tile[0][3]
+        raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
+        if '16' in str(raw_mode):
+            return 16
+    if image.format == 'TIFF':
+        return max(image.tag_v2.get(258, (8 if image.mode != '1' else 1,)))
+    if image.format == 'PPM' and image.mode in ('I', 'RGB'):
+        layout = image.tile[0][3]                 # raw mode, or (raw mode, largest value)
+        return 16 if image.mode == 'I' or (isinstance(layout, tuple) and layout[1] > 255) else 8
+    return {'1': 1, 'I': 32, 'F': 32}.get(image.mode, 16 if image.mode.startswith('I;16') else 8)
+
+
+def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
+    """Read an image as RGB, uint8 (H, W, 3).
+
+    8-bit RGB is taken as it is; grey and palette images are converted, alpha is dropped, an EXIF
+    orientation is applied and the first frame of an animation is taken, each with a note.
+    `scale_16bit=(lo, hi)` maps 16-bit images linearly from lo..hi to 0..255; without it they are refused,
+    as are 1-bit, float, CMYK and multi-page files. Raises InputError.
+    """
+    path = Path(path)
+    image = open_image(path, max_megapixels)
+    _check_frames(image, path)
+    try:
+        bits = bits_per_channel(image)
+    except Exception as error:
+        raise damaged(path, error) from error
+    if image.mode == '1' or bits == 1:
+        raise InputError(f'{path} is a 1-bit image; expected 8-bit RGB')
+    if image.mode == 'F':
+        raise InputError(f'{path} is a floating-point image; expected 8-bit RGB')
+    if bits == 16:
+        if image.format not in ('PNG', 'TIFF'):
+            raise InputError(f'{path} has 16 bits per channel, which are read from PNG and TIFF only; convert it')
+        if scale_16bit is None:
+            raise InputError(f'{path} has 16 bits per channel, expected 8; give --scale-16bit LO HI to map '
+                             f'LO..HI to 0..255')
+        if orientation_of(image, path) != 1:
+            raise InputError(f'{path} has 16 bits per channel and an EXIF orientation; turn its pixels, or convert it '
+                             f'to 8 bits')
+        return _read_16bit(image, path, scale_16bit)
+    if image.mode not in ('RGB', 'RGBA', 'LA', 'L', 'P', 'PA', 'RGBX'):
+        raise InputError(f'{path} has colour mode {image.mode}; expected 8-bit RGB')
+    if image.mode in ('L', 'P', 'PA', 'LA'):
+        note(f'{path.name}: {"palette" if image.mode[0] == "P" else "grey"} image, converted to RGB')
+    has_alpha = image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info
+    try:
+        orientation = orientation_of(image, path)
+        if orientation != 1:
+            note(f'{path.name}: turned by its EXIF orientation ({orientation})')
+            image = ImageOps.exif_transpose(image)
+        if has_alpha:
+            image = image.convert('RGBA')
+            if image.getextrema()[3][0] < 255:
+                note(f'{path.name}: its alpha channel is not fully opaque; it was dropped')
+        if image.mode != 'RGB':
+            image = image.convert('RGB')
+    except InputError:
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
+    return decode(image, path)
+
+
+def _check_frames(image, path):
+    """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies (a pyramid); note where the
+    first frame of an animation is taken."""
+    try:                             # Pillow reads the header of every page
+        frames = getattr(image, 'n_frames', 1)
+        if frames > 1 and image.format != 'TIFF':
+            note(f'{path.name}: animated, only the first of its {frames} frames is used')
+        for frame in range(1, frames if image.format == 'TIFF' else 1):
+            image.seek(frame)
+            if not image.tag_v2.get(254, 0) & 1:
+                raise InputError(f'{path} has {frames} pages; expected one image per file')
+        image.seek(0)
+    except InputError:
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
+
+
+OTHER_16BIT = 'has 16 bits per channel, and other channels than grey, RGB or RGBA; convert it to RGB'
+
+
+def _read_16bit(image, path, scale):
+    if image.mode == 'CMYK':
+        raise InputError(f'{path} {OTHER_16BIT}')
+    lo, hi = scale
+    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    in_strips = 322 not in tags and tags.get(284, 1) == 1        # not planes, which OpenCV misreads
+    pixels = _read_with_opencv(path) if in_strips else _read_with_tifffile(path)
+    if pixels.dtype.itemsize != 2 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise InputError(f'{path} {OTHER_16BIT}')
+    pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
+    if tags.get(262) == 0:                                       # 0 is white
+        pixels = 255 - pixels
+    return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
+
+
+def _read_with_opencv(path):
+    """The numbers of a grey, RGB or RGBA image, (H, W) or RGB (H, W, 3)."""
+    data = np.fromfile(path, np.uint8)
+    if bytes(data[1:4]) == b'PNG' and data[25] == 4:                         # grey and alpha
+        raise InputError(f'{path} {OTHER_16BIT}')
+    pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise InputError(f'{path} is damaged or truncated; copy it again')
+    return pixels if pixels.ndim == 2 else pixels[..., 2::-1]                # from BGR or BGRA
+
+
+def _read_with_tifffile(path):
+    """The numbers of a TIFF as they are stored, (H, W) or (H, W, channels)."""
+    import tifffile
+    logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]               # not all of them: a damaged chain has no end
+            if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
+                raise ValueError('a strip is longer than the file')
+            if min(page.databytecounts) == 0:                            # it would be filled with zeros
+                raise ValueError('a strip is missing')
+            pixels = page.asarray()
+            return np.moveaxis(pixels, 0, -1) if page.axes[0] == 'S' else pixels
+    except Exception as error:
+        if 'imagecodecs' in str(error) or isinstance(error, ImportError):
+            raise InputError(f'{path} is a TIFF of an unusual kind, which is not read with its compression; save it '
+                             f'uncompressed, or with deflate') from error
+        raise damaged(path, error) from error
+
+
+def read_instance_label(path, image_shape=None, binary_labels=False, max_megapixels=MAX_MEGAPIXELS):
+    """Read an instance label: int32 (H, W), 0 = background, one positive integer per object (gaps allowed).
+
+    Accepts integer images of 8, 16 or 32 bits, palette images (the indices are the ids), RGB with three equal
+    channels, integer .npy arrays, and the variable inst_map of MATLAB files (.mat, before version 7.3).
+    `image_shape` (H, W), when given, must match. Raises InputError for colour, fractional, negative and JPEG labels,
+    and for a 0/255 mask unless `binary_labels` is set, which then labels its 8-connected components.
+    """
+    path = Path(path)
+    if path.suffix.lower() in ('.jpg', '.jpeg'):
+        raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP, TIFF or .npy label')
+    load = {'.npy': load_npy, '.mat': _load_mat}.get(path.suffix.lower())
+    label = load(path) if load else _decode_label(path, max_megapixels)
+    if label.ndim == 3 and label.shape[2] > 0:
+        if not (label == label[..., :1]).all():
+            raise InputError(f'{path} is a colour image; expected one integer id per pixel (0 = background)')
+        note(f'{path.name}: RGB label with three equal channels, one of them is used')
+        label = label[..., 0]
+    if label.ndim != 2:
+        raise InputError(f'{path} has shape {label.shape}; expected a label of shape (height, width)')
+    if label.size == 0:
+        raise InputError(f'{path} has no pixel, shape {label.shape}; expected a label of shape (height, width)')
+    if label.dtype.kind == 'f':
+        if not np.isfinite(label).all() or (label != np.floor(label)).any():
+            raise InputError(f'{path} holds fractional or non-finite values; expected integer ids')
+    elif label.dtype.kind not in 'iub':
+        raise InputError(f'{path} holds {label.dtype} values; expected integer ids')
+    if label.size and label.min() < 0:
+        raise InputError(f'{path} holds negative ids; expected 0 = background and positive ids')
+    if label.size and int(label.max()) > np.iinfo(np.int32).max:            # int: 2 ** 31 in float32 would pass
+        raise InputError(f'{path} holds ids above {np.iinfo(np.int32).max}')
+    label = label.astype(np.int32)
+    if image_shape is not None and label.shape != tuple(image_shape):
+        raise InputError(f'{path} is {label.shape[1]} x {label.shape[0]} pixels, its image '
+                         f'{image_shape[1]} x {image_shape[0]}; they must have the same size')
+    maximum = label.max(initial=0)
+    if maximum == 0:
+        note(f'{path.name}: the label has no object')
+    elif (label[label > 0] == maximum).all():                              # one value: one object, or a mask
+        parts, n_parts = ndimage.label(label, np.ones((3, 3)))
+        if binary_labels:
+            return parts.astype(np.int32)
+        if maximum == 255:
+            raise InputError(f'{path} holds only 0 and 255, a mask rather than one id per object; '
+                             f'give --binary-labels to take each 8-connected component as one object')
+        if n_parts > 1:
+            note(f'{path.name}: one object in {n_parts} pieces; if it is a mask of several, give --binary-labels True')
+    return label
+
+
+def load_npy(path):
+    if not path.is_file():
+        raise InputError(f'no such file: {path}')
+    try:
+        return np.array(np.lib.format.open_memmap(path, mode='r'))     # mapped: a damaged shape allocates nothing
+    except Exception as error:       # a damaged header raises almost anything
+        raise InputError(f'{path} is not a plain NumPy array ({" ".join(str(error).split())[:200]})') from error
+
+
+def _load_mat(path):
+    if not path.is_file():
+        raise InputError(f'no such file: {path}')
+    try:
+        data = path.read_bytes()
+        _check_mat(data)
+        # from memory: a damaged size of gigabytes then gets no more than there is
+        contents = loadmat(io.BytesIO(data), variable_names=['inst_map'])
+    except NotImplementedError as error:
+        raise InputError(f'{path} is a MATLAB file of version 7.3; save it with -v7') from error
+    except Exception as error:       # loadmat raises almost anything on damaged data
+        said = ' '.join(str(error).split())[:200]
+        raise InputError(f'{path} is not a MATLAB file, or is damaged ({said})') from error
+    if 'inst_map' not in contents:
+        raise InputError(f'{path} has no variable inst_map; expected an instance label of that name')
+    if not isinstance(contents['inst_map'], np.ndarray):
+        raise InputError(f'{path}: inst_map is a sparse matrix; expected a full one: save full(inst_map)')
+    return contents['inst_map']
+
+
+def _check_mat(data):
+    """Raise ValueError if a data element of a MATLAB 5 file is of an unknown type: SciPy looks that up unchecked, and
+    the process crashes. data: the bytes of the file."""
+    order = {b'IM': '<', b'MI': '>'}.get(data[126:128])
+    if order and 1 in data[124:126]:                   # version 1; 7.3 is 2, which is not made of elements
+        _check_elements(memoryview(data)[128:], order)
+
+
+def _check_elements(data, order):
+    while len(data) >= 8:
+        kind, size = struct.unpack(order + 'II', data[:8])
+        small = kind >> 16           # up to 4 bytes, in the place of the size
+        if (kind & 0xffff if small else kind) not in (*range(1, 8), 9, *range(12, 19)):
+            raise ValueError(f'element of type {kind}')
+        if not small and size > len(data) - 8:
+            raise ValueError('an element is longer than the file')
+        if kind == 15:
+            _check_elements(memoryview(zlib.decompress(data[8:8 + size])), order)
+        elif kind == 14:
+            _check_elements(data[8:8 + size], order)
+        data = data[8 if small else 8 + (size if kind == 15 else -(-size // 8) * 8):]
+
+
+def _decode_label(path, max_megapixels):
+    image = open_image(path, max_megapixels)
+    if image.format == 'JPEG':
+        raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP or TIFF label')
+    _check_frames(image, path)
+    if image.mode in ('RGBA', 'LA'):
+        raise InputError(f'{path} has colour mode {image.mode}; expected one integer id per pixel (0 = background)')
+    if image.mode == 'RGB' and bits_per_channel(image) != 8:
+        raise InputError(f'{path} is a colour image of 16 bits; expected one integer id per pixel (0 = background)')
+    if image.format == 'TIFF' and _pillow_changes_ids(image.tag_v2):
+        if orientation_of(image, path) != 1:
+            raise InputError(f'{path} has an orientation; turn its pixels')
+        return _read_with_tifffile(path)
+    pixels = decode(image, path)
+    unsigned = image.format == 'TIFF' and image.tag_v2.get(339, (1,)) == (1,)
+    return pixels.view(np.uint32) if unsigned and pixels.dtype == np.int32 else pixels
+
+
+def _pillow_changes_ids(tags):
+    """Whether Pillow gives other numbers than are in a TIFF: it inverts those for which 0 is white, reads signed 8 bits
+    as unsigned, and swaps the bytes of compressed big-endian signed or float ones twice."""
+    is_signed_or_float = set(tags.get(339, (1,))) != {1}
+    return tags.get(262, 0) == 0 or (is_signed_or_float and (tags.prefix == b'MM' or max(tags.get(258, (1,))) == 8))
+
+
+def label_name(path):
+    """The name of an instance label file: up to its last dot, without a trailing `_label`."""
+    return Path(path).stem.removesuffix('_label')
+
+
+def labels_by_name(folder):
+    """{name: path} of the instance labels in a folder. Raises InputError if two are of one name, or there is none."""
+    labels = {}
+    for path in list_images(folder, LABEL_EXTENSIONS):
+        other = labels.setdefault(label_name(path), path)
+        if other != path:
+            raise InputError(f'{other.name} and {path.name} in {folder} are labels of one image; keep one of them')
+    return labels
+
+
+def resize_bilinear(image, shape):
+    """An image, uint8 (H, W) or (H, W, 3), at the size (H0, W0)."""
+    return np.array(Image.fromarray(image).resize(shape[::-1], Image.BILINEAR))

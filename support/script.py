@@ -1,0 +1,188 @@
+"""How the scripts start and end: users' mistakes as one line, exit codes, Ctrl-C."""
+import argparse
+import atexit
+import contextlib
+import errno
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import warnings
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user can mend. Its message is one line: what was found, expected, where, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose user's mistakes are one line, an InputError."""
+
+    def error(self, message):
+        raise InputError(f'{message} (see python {self.prog} --help)')
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run_script(main):
+    """Run `main()` as a program and exit with 0 (done), 2 (the user can mend it), 130 / 143 (SIGINT / SIGTERM).
+
+    An `InputError`, a missing or forbidden file, a full disk and too little memory are one line on stderr. Any other
+    exception is a bug of ours: it keeps its traceback and exits with 1.
+    """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:                            # closed by the shell, as `>&-` does
+            setattr(sys, name, open(os.devnull, 'w'))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')         # file names that the terminal cannot show
+    warnings.showwarning = lambda message, *_: _say(f'note: {message}')
+    with contextlib.suppress(InputError):                         # which `Processes` raises, where there are any
+        if place_among_processes()[0] > 0:                        # of those that torchrun started one speaks
+            sys.stdout = open(os.devnull, 'w')
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
+    try:
+        for word in sys.argv[1:]:
+            check_name(word)
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        # a loader process wraps the message in its traceback
+        _exit_with(2, 'error: ' + str(error).rsplit('InputError: ', 1)[-1])
+    except BrokenPipeError:                        # `python test.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            _exit_with(2, f'error: {no_space(error)}; free some space and run the same command again')
+        if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
+                           errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+            _exit_with(2, f'error: {error.strerror}: {error.filename}')
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            said = (str(error) or type(error).__name__).splitlines()[0][:100]
+            _exit_with(2, f'error: not enough memory ({said}); make the images, --patch-size, --input-size, '
+                          f'--batch-size or the network smaller')
+        raise
+    except KeyboardInterrupt:
+        _exit_with(130, 'interrupted')
+
+
+def no_space(error):
+    """What an OSError with an errno of DISK_FULL says."""
+    return f'no space left on the disk while writing {error.filename or "a file"}'
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask a long computation to stop at the next `check`; a second one stops it at once.
+
+    A context manager, for the main thread. `check(save)` does nothing until a signal came; then it calls `save()` and
+    exits with 130 (SIGINT) or 143 (SIGTERM). Of several `processes` all check as often, and all stop when one is asked;
+    there a second signal is none: torchrun passes the first one on to those that got it already.
+    """
+
+    def __init__(self, processes):
+        self.processes = processes
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number, frame):
+        alone = self.processes.count == 1
+        if self.signal is not None and alone:
+            if number == signal.SIGTERM:
+                sys.exit(128 + number)
+            raise KeyboardInterrupt
+        self.signal = number
+        if self.processes.rank == 0:
+            _say('\nstopping after this step, with a checkpoint' + '; once more to stop at once' * alone)
+
+    def check(self, save):
+        number = self.processes.largest(self.signal or 0)
+        if number:
+            save()
+            self.processes.wait()
+            sys.exit(128 + number)
+
+
+def check_name(name, place='the command line'):
+    """Raise InputError if a name holds bytes that Python could not decode: no text file could hold it."""
+    if any('\ud800' <= character <= '\udfff' for character in name):
+        encoding = sys.getfilesystemencoding()
+        remedy = 'rename it' if encoding == 'utf-8' else f'Python reads names as {encoding}: set PYTHONUTF8=1'
+        raise InputError(f'{place}: the name {ascii(name)} is not UTF-8; {remedy}')
+
+
+def _say(message):
+    with contextlib.suppress(OSError):            # nobody reads it: Ctrl-C ends `tee` too in `train.py 2>&1 | tee log`
+        print(message, file=sys.stderr)
+
+
+def _exit_with(code, message):
+    _say(' '.join(message.split('\n')).strip())
+    sys.exit(code)
+
+
+def note(message):
+    """Tell the user something worth knowing that is not an error (shown once per message)."""
+    warnings.warn(message, stacklevel=2)
+
+
+def ignore_interrupt(worker):
+    """For processes that help: Ctrl-C and SIGTERM, which often reach all, are the main one's business; it ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_helpers():
+    """At the end of Python: end the processes that an error left, which ignore what Python itself would send them."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would take their end for a failure
+    for child in children:
+        child.kill()
+
+
+def place_among_processes():
+    """(rank, local rank, count): the number of this process on all machines and on its own, and how many there are.
+
+    torchrun's environment variables say so; without them it is (0, 0, 1). Raises InputError if one of them is missing,
+    empty or no such number.
+    """
+    names = 'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    if not values.keys() & {'WORLD_SIZE', 'RANK', 'LOCAL_RANK'}:
+        return 0, 0, 1
+    if values.get('WORLD_SIZE') == '1':            # other launchers leave this too; one process has nobody to speak to
+        values = {'RANK': '0', 'LOCAL_RANK': '0', **values, 'MASTER_PORT': '0', 'MASTER_ADDR': 'none'}
+
+    def problem(name):
+        value = values.get(name)
+        if not value:
+            return 'missing' if value is None else 'empty'
+        if name == 'MASTER_ADDR':
+            return None
+        if not re.fullmatch('[0-9]{1,9}', value):
+            return f'{value!r}, expected a number'
+        end = {'WORLD_SIZE': math.inf, 'MASTER_PORT': 2 ** 16}.get(name) or int(values['WORLD_SIZE'])
+        return f'{value}, expected less than {end}' if int(value) >= end else None
+
+    for name in names:
+        if problem(name):
+            raise InputError(f'the environment variable {name} is {problem(name)}; torchrun sets {", ".join(names)}: '
+                             f'start with torchrun, or as a single process after: unset RANK LOCAL_RANK WORLD_SIZE')
+    return tuple(int(values[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+
+
+atexit.register(end_helpers)      # after multiprocessing's own, which torch imports, so that it runs before that
