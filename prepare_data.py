@@ -6,48 +6,41 @@
 
 Instance labels (read, or drawn from annotation XML) -> colour normalisation -> ternary labels -> weight maps -> patches
 -> mean_std.npy. Each step is also a function of its own, on arrays and on folders. Ternary labels and weight maps are
-made on whole images, before these are cut into patches. An interrupted preparation goes on where it stopped.
+made on whole images, before these are cut into patches.
 """
-import hashlib
 import itertools
-import json
 import math
-import multiprocessing
-import signal
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
-from xml.parsers import expat
+from xml.etree import ElementTree
 
 import numpy as np
 from scipy import ndimage
 from skimage.color import lab2rgb, rgb2lab
 from skimage.draw import polygon
-from skimage.measure import label as connected_regions
 from tqdm import tqdm
 
 from options import Options
-from support.data_sets import (MULTI_ORGAN_SPLIT, PUBLISHED_ANCHOR, anchor_path, count_grades, find_sources,
-                               make_report, report_text)
-from support.files import FolderLock, atomic_path, save_image, save_instances, sha256_of, write_text
+from support.data_sets import (PUBLISHED_ANCHOR, anchor_path, count_grades, count_objects, find_sources, make_report,
+                               refuse_data_dir, report_text, write_report)
+from support.devices import in_processes
+from support.files import atomic_path, new_folder, save_image, save_instances
 from support.images import (decode, image_size, labels_by_name, list_images, open_image, read_image,
                             read_instance_label, refuse_same_folder)
-from support.pictures import preview, save_contact_sheets
-from support.script import InputError, ignore_interrupt, note, run_script
+from support.pictures import CONTACT_SHEET_IMAGES, preview, save_contact_sheets
+from support.script import InputError, note, run_script
 from weight_map import encode_weight_map, weight_map
 
 PATCH_SIZE = 250                                                     # pixels, as published
-FOLDERS = ('images', 'labels', 'weight_maps', 'labels_instance')     # what preparation fills, besides mean_std.npy
-RECORDS = 'records'                                                  # and here it remembers what was made of what
-RESULT_VERSION = 1        # counts up when the same input gives other files, so that old ones are made anew
 
 
 # ---------------------------------------------------------------------------------------------------
 # Instance labels
 # ---------------------------------------------------------------------------------------------------
+
 
 def instance_label_from_xml(xml_path, height, width):
     """Draw the regions of an Aperio ImageScope annotation (MoNuSeg's XML) as an instance label.
@@ -58,62 +51,52 @@ def instance_label_from_xml(xml_path, height, width):
     ImageScope XML, has a DTD (and so might have entities), no region, or a coordinate that is not a finite number.
     """
     regions = read_xml_regions(xml_path)
-    label = np.zeros((height, width), np.int32)
+    instances = np.zeros((height, width), np.int32)
     for number, vertices in reversed(list(enumerate(regions, 1))):       # the first region is drawn last and stays
         if len(vertices) >= 3:
             # Coordinates are 1-based pixel centres. The two small shifts settle pixels that lie exactly on an edge
             # nearly as MATLAB's poly2mask does. No image reaches 1e9 pixels; the clip keeps integers from overflowing.
             x, y = np.clip(np.array(vertices), -1e9, 1e9).T - 1
-            label[polygon(y + 1e-6, x + 2e-6, label.shape)] = number
+            instances[polygon(y + 1e-6, x + 2e-6, instances.shape)] = number
     skipped = sum(len(vertices) < 3 for vertices in regions)
     if skipped:
         note(f'{Path(xml_path).name}: {skipped} of {len(regions)} regions have fewer than 3 vertices and were skipped')
-    return label
+    return instances
 
 
 def read_xml_regions(xml_path):
     """The (X, Y) vertices of each region of an ImageScope XML in document order: list of lists of float pairs."""
-    regions, open_tags = [], []
-
-    def refuse_dtd(*_):
-        raise InputError(f'{xml_path} has a document type declaration (DTD), which could define entities; '
-                         f'expected a plain ImageScope annotation: remove the declaration')
-
-    def start(tag, attributes):
-        open_tags.append(tag)
-        if open_tags[0] != 'Annotations':
-            raise InputError(f'{xml_path} is not an ImageScope annotation: expected Annotations/Annotation/Regions/'
-                             f'Region/Vertices/Vertex, found the root element {open_tags[0]}')
-        if len(open_tags) > 6:                         # a damaged file may nest deep: no copy of all that is open
-            return
-        if open_tags[1:] == ['Annotation', 'Regions', 'Region']:
-            regions.append([])
-        elif open_tags[1:] == ['Annotation', 'Regions', 'Region', 'Vertices', 'Vertex']:
-            try:
-                vertex = float(attributes['X']), float(attributes['Y'])
-            except (KeyError, ValueError):
-                vertex = (math.nan, math.nan)
-            if not all(map(math.isfinite, vertex)):
-                raise InputError(f'{xml_path}, line {parser.CurrentLineNumber}: expected a vertex with finite '
-                                 f'numbers X and Y, found {str(attributes)[:80]}')
-            regions[-1].append(vertex)
-
-    parser = expat.ParserCreate()
-    parser.StartDoctypeDeclHandler = refuse_dtd
-    parser.StartElementHandler = start
-    parser.EndElementHandler = lambda tag: open_tags.pop()
+    class WithoutDoctype(ElementTree.TreeBuilder):
+        def doctype(self, *_):                                    # called before any entity is expanded
+            raise InputError(f'{xml_path} has a document type declaration (DTD), which could define entities; '
+                             f'expected a plain ImageScope annotation: remove the declaration')
     try:
-        with open(xml_path, 'rb') as file:
-            parser.ParseFile(file)
+        root = ElementTree.parse(xml_path, ElementTree.XMLParser(target=WithoutDoctype())).getroot()
     except FileNotFoundError:
         raise InputError(f'no such file: {xml_path}') from None
     except InputError:
         raise
-    except (expat.ExpatError, LookupError, ValueError) as error:         # the last two: encodings that are not there
+    except (ElementTree.ParseError, LookupError, ValueError) as error:       # the last two: unknown encodings
         raise InputError(f'{xml_path} is not well-formed XML ({error}); expected an ImageScope annotation') from None
+    if root.tag != 'Annotations':
+        raise InputError(f'{xml_path} is not an ImageScope annotation: expected Annotations/Annotation/Regions/'
+                         f'Region/Vertices/Vertex, found the root element {root.tag}')
+    regions = [[_coordinates(vertex, xml_path, number) for vertex in region.findall('Vertices/Vertex')]
+               for number, region in enumerate(root.findall('Annotation/Regions/Region'), 1)]
     if not regions:
         raise InputError(f'{xml_path} holds no region; expected at least one in Annotations/Annotation/Regions')
     return regions
+
+
+def _coordinates(vertex, xml_path, number):
+    try:
+        x, y = float(vertex.attrib['X']), float(vertex.attrib['Y'])
+        if math.isfinite(x) and math.isfinite(y):
+            return x, y
+    except (KeyError, ValueError):
+        pass
+    raise InputError(f'{xml_path}, region {number}: expected vertices with finite numbers X and Y, found '
+                     f'{str(vertex.attrib)[:80]}')
 
 
 def create_instance_labels(xml_dir, image_dir, save_dir):
@@ -295,7 +278,7 @@ def save_mean_std(path, mean_std):
 
 class PlannedFile(NamedTuple):
     path: Path                # relative to data_dir
-    kind: str                 # image, instance, ternary, weight, preview
+    kind: str                 # image, instance, ternary, weight
     corner: tuple | None      # top-left (y, x) of the patch; None for the whole image
 
 
@@ -341,65 +324,83 @@ class Settings(NamedTuple):
 def prepare(dataset, options):
     """Prepare a data set for training and testing; the `prepare` options of options.py say which and how.
 
-    Files that an earlier run with the same inputs and options made are kept, the others made anew;
-    `records/{name}.json` in data_dir remembers what each image's files were made of. mean_std.npy is written last, so
-    a folder that has one is complete. Returns the report, a dict; it is also `prepare_report.json`, and
-    `contact_sheet_{split}.png` shows the images. Raises InputError for what the user can mend; names that do not match,
-    image sizes and files that are not ours are checked before anything is written.
+    A new folder is written beside data_dir and takes its place when it is whole: an interrupted preparation leaves the
+    earlier one as it was. Returns the report, a dict; it is also `prepare_report.json`, and `contact_sheet_{split}.png`
+    shows the images. Raises InputError for what the user can mend; names that do not match, image sizes and files in
+    data_dir that no preparation made are found before anything is written.
     """
     started = time.monotonic()
-    data_dir = Path(options['data_dir'])
-    for name in ('img_dir', 'label_dir') if options['img_dir'] else ('raw_dir',):
-        _refuse_writing_into(name, Path(options[name]), data_dir)
+    refuse_data_dir(options)
     sources = find_sources(dataset, options)
     settings = Settings(dataset, options['sigma'], options['w0'], options['ternary_radius'], options['patch_size'],
                         options['binary_labels'], options['scale_16bit'], options['max_megapixels'],
                         fit_anchor(sources, options))
-    planned = set()
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
-        height, width = image_size(source.image, settings.max_megapixels)
-        planned |= {file.path for file in planned_files(dataset, source, height, width, settings.patch_size)}
-    with FolderLock(data_dir) as lock:
-        remove_outdated(data_dir, planned, {source.name for source in sources})
-        (data_dir / 'mean_std.npy').unlink(missing_ok=True)
-        results = _in_processes(prepare_source, [(source, data_dir, settings) for source in sources],
-                                options['workers'])
-        records = []
-        for record in tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None):
-            lock.check()
-            records.append(record)
-        for message in dict.fromkeys(message for record in records for message in record['notes']):
+        planned_files(dataset, source, *image_size(source.image, settings.max_megapixels), settings.patch_size)
+
+    with new_folder(options['data_dir']) as folder:
+        jobs = [(source, folder, settings) for source in sources]
+        results = in_processes(prepare_image, jobs, options['workers'])
+        images, previews = [], Counter()
+        for image in tqdm(results, total=len(sources), desc='preparing', unit='image', disable=None):
+            images.append(image)
+            previews[image['split']] += 1
+            if previews[image['split']] > CONTACT_SHEET_IMAGES:
+                del image['preview']                                     # to save memory
+        for message in dict.fromkeys(message for image in images for message in image['notes']):
             note(message)
-        histogram = sum(np.array(record['histogram']) for source, record in zip(sources, records)
-                        if source.split in ('train', 'val'))
-        mean_std = mean_std_of(histogram)
+        mean_std = mean_std_of(sum(image['histogram'] for image in images if image['split'] in ('train', 'val')))
         if (mean_std[1] == 0).any():
             raise InputError('a colour channel has the same value in all pixels of all training and validation images; '
                              'expected photographs: look at the images')
-        parts = {part: [name for name, *_ in group] for part, group in
-                 itertools.groupby(sorted(sources, key=_split_order), key=lambda source: source.split)}
-        save_contact_sheets(parts, data_dir, data_dir / RECORDS)
-        report = make_report(parts, {source.name: record for source, record in zip(sources, records)}, mean_std)
+        report = make_report(images, mean_std)
         report |= {'dataset': dataset, 'options': options, 'minutes': round((time.monotonic() - started) / 60, 2)}
         if dataset == 'GlaS' and not options['img_dir']:
-            report |= count_grades(Path(options['raw_dir']), parts)
-        write_text(data_dir / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
-        save_mean_std(data_dir / 'mean_std.npy', mean_std)
+            report |= count_grades(Path(options['raw_dir']), images)
+        save_contact_sheets(images, folder)
+        write_report(folder, report)
+        save_mean_std(folder / 'mean_std.npy', mean_std)
     return report
 
 
-def _split_order(source):
-    return list(dict.fromkeys(('train', 'val', *MULTI_ORGAN_SPLIT, 'testA', 'testB'))).index(source.split)
+def prepare_image(source, folder, settings):
+    """Write the files of one image; returns what the report says of it, a dict.
+
+    name, split, patches, objects, in_pieces: how many objects are in several 8-connected pieces, areas: pixels,
+    histogram: `colour_histogram`, preview: `preview`, notes: what is to be said to the user.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        image = read_image(source.image, settings.max_megapixels, settings.scale_16bit)
+        instances = read_instances(source.label, image.shape[:2], settings)
+    if settings.normalizer:
+        image = settings.normalizer.transform(image)
+    arrays = {'image': image, 'instance': instances}
+    if source.split in ('train', 'val'):
+        arrays['ternary'] = ternary_label(instances, settings.ternary_radius)
+        arrays['weight'] = encode_weight_map(weight_map(instances, settings.w0, settings.sigma))
+
+    files = planned_files(settings.dataset, source, *image.shape[:2], settings.patch_size)
+    for path, kind, corner in files:
+        pixels = arrays[kind]
+        if corner:
+            y, x = corner
+            pixels = pixels[y:y + settings.patch_size, x:x + settings.patch_size]
+        (save_instance_label if kind == 'instance' else save_image)(folder / path, pixels)
+    objects, in_pieces = count_objects(instances)
+    return {'name': source.name, 'split': source.split, 'patches': sum(file.corner is not None for file in files
+                                                                       if file.kind == 'image'),
+            'objects': objects, 'in_pieces': in_pieces, 'areas': np.unique(instances[instances > 0],
+                                                                           return_counts=True)[1],
+            'histogram': colour_histogram(image), 'preview': preview(arrays),
+            'notes': [str(w.message) for w in caught if w.category is UserWarning]}
 
 
-def _refuse_writing_into(option, folder, data_dir):
-    raw, flag = folder.resolve(), '--' + option.replace('_', '-')
-    for place in (data_dir, *(data_dir / name for name in FOLDERS)):
-        if raw == place.resolve() or raw in place.resolve().parents:
-            raise InputError(f'the prepared data would be written into the raw data: --data-dir {data_dir}, {flag} '
-                             f'{folder}; give a --data-dir outside it')
-        if place != data_dir and place.resolve() in raw.parents:
-            raise InputError(f'{flag} {folder} lies in {place}, which preparation fills; move it out of there')
+def read_instances(path, shape, settings):
+    """The instance label of an image of this (H, W), int32, read or drawn from its annotation."""
+    if path.suffix.lower() == '.xml':
+        return instance_label_from_xml(path, *shape)
+    return read_instance_label(path, shape, settings.binary_labels, settings.max_megapixels)
 
 
 def fit_anchor(sources, options):
@@ -412,179 +413,6 @@ def fit_anchor(sources, options):
         return None
     path = anchor_path(anchor, options['img_dir'] or options['raw_dir'])
     return Reinhard_normalizer().fit(read_image(path, options['max_megapixels'], options['scale_16bit']))
-
-
-def _in_processes(function, arguments, workers):
-    """function(*a) for every a of arguments, in order, as they get done; in `workers` processes if more than one."""
-    if workers == 1:
-        yield from itertools.starmap(function, arguments)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt, (0,)) as pool:
-        # the processes inherit that they ignore Ctrl-C: it would end in a traceback of what they import
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            futures = [pool.submit(function, *a) for a in arguments]
-        finally:
-            signal.signal(signal.SIGINT, before)
-        try:
-            for future in futures:
-                yield future.result()
-        except BrokenProcessPool:
-            raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '
-                             f'again, with fewer --workers') from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# One image
-# ---------------------------------------------------------------------------------------------------
-
-def prepare_source(source, data_dir, settings):
-    """Write the files of one image into `data_dir`, but those that are there and were made of the same things.
-
-    The images do not depend on each other. Returns the record of the image: for each kind of file a key, the hash of
-    all that it depends on, and the SHA-256 of its files; and for the report `patches`, `objects`, `in_pieces` (how many
-    of them are in several 8-connected pieces), `areas` (pixels, sorted), `histogram` (`colour_histogram`) and `notes`.
-    """
-    record_path = data_dir / RECORDS / f'{source.name}.json'
-    before = read_record(record_path)
-    height, width = image_size(source.image, settings.max_megapixels)
-    files = {}
-    for file in planned_files(settings.dataset, source, height, width, settings.patch_size):
-        files.setdefault(file.kind, []).append(file)
-    files['preview'] = [PlannedFile(Path(RECORDS, f'{source.name}.png'), 'preview', None)]
-    keys = _keys(source, settings, files, (height, width))
-    kinds = {kind: before['kinds'][kind] for kind in files
-             if kind in before['kinds'] and before['kinds'][kind]['key'] == keys[kind]
-             and all(_is_intact(data_dir / path, sha256) for path, sha256 in before['kinds'][kind]['files'].items())}
-    if len(kinds) == len(files):
-        return before
-    # the files that are about to be written count as ours should this be interrupted
-    unfinished = [str(file.path) for kind in files if kind not in kinds for file in files[kind]]
-    write_record(record_path, {'kinds': kinds, 'unfinished': unfinished})
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always', UserWarning)
-        image, label = read_source(source, settings)
-        arrays = {'image': image, 'instance': label, 'ternary': ternary_label(label, settings.ternary_radius)}
-        if source.split in ('train', 'val'):
-            arrays['weight'] = encode_weight_map(weight_map(label, settings.w0, settings.sigma))
-    arrays['preview'] = preview(arrays)
-    for kind in files:
-        if kind not in kinds:
-            paths = [save_planned(file, arrays[kind], data_dir, settings.patch_size) for file in files[kind]]
-            kinds[kind] = {'key': keys[kind], 'files': {path.relative_to(data_dir).as_posix(): sha256_of(path)
-                                                        for path in paths}}
-    objects, in_pieces = count_objects(label)
-    areas = np.unique(label[label > 0], return_counts=True)[1]
-    record = {'kinds': {kind: kinds[kind] for kind in files}, 'unfinished': [],
-              'patches': sum(file.corner is not None for file in files['image']),
-              'objects': objects, 'in_pieces': in_pieces, 'areas': np.sort(areas).tolist(),
-              'histogram': colour_histogram(image).tolist(),
-              'notes': [str(w.message) for w in caught if w.category is UserWarning]}
-    write_record(record_path, record)
-    return record
-
-
-def _keys(source, settings, files, size):
-    """{kind: hash of all that files of this kind depend on}."""
-    normalizer = settings.normalizer
-    colours = None if normalizer is None else [normalizer.mean.tolist(), normalizer.std.tolist()]
-    image = [sha256_of(source.image), settings.scale_16bit, colours]
-    label = [sha256_of(source.label), settings.binary_labels, size]
-    ternary = [*label, settings.ternary_radius]
-    weight = [*label, settings.w0, settings.sigma]
-    preview_of = [image, ternary, weight, 'weight' in files]                 # of train and val it shows more
-    depends = {'image': image, 'instance': label, 'ternary': ternary, 'weight': weight, 'preview': preview_of}
-    return {kind: hashlib.sha256(json.dumps([RESULT_VERSION, depends[kind], settings.patch_size,
-                                             [[file.path.as_posix(), file.corner] for file in files[kind]]]
-                                            ).encode()).hexdigest() for kind in files}
-
-
-def read_source(source, settings):
-    """The image, uint8 (H, W, 3), with its colours normalised, and the instance label, int32 (H, W)."""
-    image = read_image(source.image, settings.max_megapixels, settings.scale_16bit)
-    if source.label.suffix.lower() == '.xml':
-        label = instance_label_from_xml(source.label, *image.shape[:2])
-    else:
-        label = read_instance_label(source.label, image.shape[:2], settings.binary_labels, settings.max_megapixels)
-    return image if settings.normalizer is None else settings.normalizer.transform(image), label
-
-
-def save_planned(file, array, data_dir, patch_size):
-    """Save the patch of `array` at the file's corner, or all of it; returns the path."""
-    if file.kind == 'instance':
-        path = save_instance_label(data_dir / file.path, array)
-        for other in {data_dir / file.path, (data_dir / file.path).with_suffix('.tif')} - {path}:
-            other.unlink(missing_ok=True)                         # of an earlier preparation, with more or fewer ids
-        return path
-    if file.corner:
-        y, x = file.corner
-        array = array[y:y + patch_size, x:x + patch_size]
-    save_image(data_dir / file.path, array)
-    return data_dir / file.path
-
-
-def count_objects(instance_label):
-    """(number of objects, how many of them are in several 8-connected pieces) of an int (H, W) label."""
-    pieces = connected_regions(instance_label, background=0, connectivity=2)
-    id_of_piece = np.zeros(pieces.max(initial=0) + 1, instance_label.dtype)
-    id_of_piece[pieces] = instance_label
-    ids, piece_count = np.unique(id_of_piece[1:], return_counts=True)
-    return len(ids), int((piece_count > 1).sum())
-
-
-# ---------------------------------------------------------------------------------------------------
-# Records: what was made of what
-# ---------------------------------------------------------------------------------------------------
-
-def read_record(path):
-    """The record of an image, or an empty one."""
-    try:
-        record = json.loads(path.read_text(encoding='utf-8'))
-        return record if {'kinds', 'unfinished'} <= set(record) else {'kinds': {}, 'unfinished': []}
-    except (OSError, ValueError, TypeError):                          # no record, or not one of ours: make it all anew
-        return {'kinds': {}, 'unfinished': []}
-
-
-def write_record(path, record):
-    write_text(path, json.dumps(record) + '\n')
-
-
-def _is_intact(path, sha256):
-    return path.is_file() and sha256_of(path) == sha256
-
-
-def remove_outdated(data_dir, planned, names):
-    """Remove the files of an earlier preparation that this one, of images `names`, does not make. Files of others are
-    refused: training would read them as if they belonged to this preparation."""
-    records = {path: read_record(path) for path in sorted((data_dir / RECORDS).glob('*.json'))}
-    ours = {path: sha256 for record in records.values() for kind in record['kinds'].values()
-            for path, sha256 in kind['files'].items()}
-    unfinished = {path for record in records.values() for path in record['unfinished']}
-    planned = planned | {path.with_suffix('.tif') for path in planned if path.parts[0] == 'labels_instance'}
-    found = [path for folder in FOLDERS for path in sorted((data_dir / folder).rglob('*'))
-             if path.is_file() and not path.name.startswith('.') and path.relative_to(data_dir) not in planned]
-    outdated, others = [], []
-    for path in found:
-        name = path.relative_to(data_dir).as_posix()
-        mine = name in unfinished or (name in ours and _is_intact(path, ours[name]))
-        (outdated if mine else others).append(path)
-    if others:
-        raise InputError(f'{data_dir} already holds {len(others)} files that this preparation does not make: '
-                         f'{", ".join(str(path.relative_to(data_dir)) for path in others[:5])}; '
-                         f'give an empty --data-dir or remove them')
-    outdated += [path for folder in (*FOLDERS, RECORDS) for path in (data_dir / folder).rglob('.tmp_*')]     # of a kill
-    for path in [*outdated, *(path for path in records if path.stem not in names)]:
-        path.unlink()
-        if path in records:
-            path.with_suffix('.png').unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -2,11 +2,14 @@
 import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from skimage.measure import label as connected_regions
 
+from support.files import write_text
 from support.images import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, find_labels, labels_by_name, list_images,
                             missing_files_message)
 from support.script import InputError, note
@@ -28,6 +31,7 @@ MULTI_ORGAN_SPLIT = {
                   'Stomach_TCGA-KB-A93J-01A-01-TS1', 'Stomach_TCGA-RD-A8N9-01A-01-TS1'),
 }
 PUBLISHED_ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'                # image whose colours the others get
+SPLITS = ('train', 'val', 'test_same', 'test_diff', 'testA', 'testB')
 
 
 class Source(NamedTuple):
@@ -257,26 +261,27 @@ def anchor_path(anchor, folder):
                      f"path of an image, or '' to leave the colours as they are")
 
 
-def make_report(parts, records, mean_std):
+def make_report(images, mean_std):
     """Counts per split, labels with objects in several pieces, mean and standard deviation of the colours.
 
-    parts: {split: [names]}. records: {name: record}. object_area: pixels, percentiles 5, 25, 50, 75, 95.
+    images: the dicts of `prepare_image`. object_area: pixels, percentiles 5, 25, 50, 75, 95.
     """
     splits = {}
-    for part, names in parts.items():
-        rows = [records[name] for name in names]
-        areas = np.concatenate([row['areas'] for row in rows])
-        splits[part] = {'images': len(names), 'patches': sum(row['patches'] for row in rows),
-                        'objects': sum(row['objects'] for row in rows),
-                        'objects_in_pieces': sum(row['in_pieces'] for row in rows),
-                        'object_area': (np.percentile(areas, (5, 25, 50, 75, 95)).round(1).tolist() if len(areas)
-                                        else [])}
-    return {'splits': splits, 'labels_with_objects_in_pieces': {name: record['in_pieces'] for name, record
-                                                                in records.items() if record['in_pieces']},
+    for part in SPLITS:
+        rows = [image for image in images if image['split'] == part]
+        if rows:
+            areas = np.concatenate([row['areas'] for row in rows])
+            splits[part] = {'images': len(rows), 'patches': sum(row['patches'] for row in rows),
+                            'objects': sum(row['objects'] for row in rows),
+                            'objects_in_pieces': sum(row['in_pieces'] for row in rows),
+                            'object_area': (np.percentile(areas, (5, 25, 50, 75, 95)).round(1).tolist()
+                                            if len(areas) else [])}
+    return {'splits': splits, 'labels_with_objects_in_pieces': {image['name']: image['in_pieces'] for image in images
+                                                                if image['in_pieces']},
             'mean': mean_std[0].tolist(), 'std': mean_std[1].tolist()}
 
 
-def count_grades(raw_dir, parts):
+def count_grades(raw_dir, images):
     """{'grades': {split: {grade: images}}} from GlaS's Grade.csv, if there is one: columns name and grade..."""
     paths = [path for path in _files_below(raw_dir) if path.name.lower() == 'grade.csv']
     if not paths:
@@ -288,12 +293,12 @@ def count_grades(raw_dir, parts):
     grades = {}
     if None not in columns:
         grades = {row[columns[0]]: row[columns[1]] for row in rows if len(row) == len(header)}
-    if not any(name in grades for names in parts.values() for name in names):
+    if not any(image['name'] in grades for image in images):
         note(f'{paths[0]} names none of the images; expected the columns name and grade, found {", ".join(header)}')
         return {}
-    counts = {part: [grades.get(name, 'unknown') for name in names] for part, names in parts.items()}
-    return {'grades': {part: {grade: found.count(grade) for grade in sorted(set(found))}
-                       for part, found in counts.items()}}
+    counts = {part: Counter(grades.get(image['name'], 'unknown') for image in images if image['split'] == part)
+              for part in SPLITS}
+    return {'grades': {part: dict(sorted(found.items())) for part, found in counts.items() if found}}
 
 
 def report_text(report):
@@ -314,3 +319,44 @@ def report_text(report):
         shown = ', '.join(shown[:5] + ['...'] * (len(shown) > 5))
         lines.append(f'{len(pieces)} labels have objects in several pieces: {shown}')
     return '\n'.join(lines)
+
+
+FOLDERS = ('images', 'labels', 'weight_maps', 'labels_instance')     # what preparation fills, besides mean_std.npy
+
+
+def refuse_data_dir(options):
+    """Raise InputError if the raw data would be overwritten, or data_dir holds files that no preparation made."""
+    data_dir = Path(options['data_dir'])
+    for name in ('img_dir', 'label_dir') if options['img_dir'] else ('raw_dir',):
+        raw, flag = Path(options[name]).resolve(), '--' + name.replace('_', '-')
+        if raw == data_dir.resolve() or raw in data_dir.resolve().parents or data_dir.resolve() in raw.parents:
+            raise InputError(f'the prepared data would replace the raw data: --data-dir {data_dir}, {flag} '
+                             f'{options[name]}; give a --data-dir outside it')
+    if data_dir.is_file():
+        raise InputError(f'--data-dir {data_dir} is a file; expected a folder, or a name for one')
+    try:
+        ours = set(json.loads((data_dir / 'prepare_report.json').read_text(encoding='utf-8'))['files'])
+    except (OSError, ValueError, KeyError, TypeError):                   # there is none, or it is not ours
+        ours = set()
+    others = [path.relative_to(data_dir).as_posix() for path in sorted(data_dir.rglob('*'))
+              if path.is_file() and not path.name.startswith('.')]
+    others = [name for name in others if name not in ours]
+    if others:
+        raise InputError(f'{data_dir} holds {len(others)} files that no preparation made: {", ".join(others[:5])}; '
+                         f'move them away, or give another --data-dir')
+
+
+def write_report(folder, report):
+    """`prepare_report.json`: the report, and the names of all files of the preparation, itself and mean_std.npy too."""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*')) if path.is_file()]
+    report = report | {'files': [*files, 'mean_std.npy', 'prepare_report.json']}
+    write_text(folder / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
+
+
+def count_objects(instance_label):
+    """(number of objects, how many of them are in several 8-connected pieces) of an int (H, W) label."""
+    pieces = connected_regions(instance_label, background=0, connectivity=2)
+    id_of_piece = np.zeros(pieces.max(initial=0) + 1, instance_label.dtype)
+    id_of_piece[pieces] = instance_label
+    ids, piece_count = np.unique(id_of_piece[1:], return_counts=True)
+    return len(ids), int((piece_count > 1).sum())

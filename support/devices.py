@@ -2,12 +2,17 @@
 import atexit
 import contextlib
 import datetime
+import itertools
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import cv2
 import torch
@@ -205,3 +210,25 @@ def start_loader(worker):
     """What a loader process does first: OpenCV in one thread (torch has one there already), and no Ctrl-C."""
     cv2.setNumThreads(1)
     ignore_interrupt(worker)
+
+
+def in_processes(function, arguments, workers):
+    """function(*a) for every a of arguments, in order, as they get done; in `workers` processes if more than one."""
+    if workers == 1:
+        yield from itertools.starmap(function, arguments)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt, (0,)) as pool:
+        # the processes inherit that they ignore Ctrl-C: it would end in a traceback of what they import
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            futures = [pool.submit(function, *a) for a in arguments]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        try:
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool:
+            raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '
+                             f'again, with fewer --workers') from None
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shutil
 import uuid
 import warnings
 from pathlib import Path
@@ -174,3 +175,31 @@ def results_folder(checkpoint, dataset):
     """Where the results of a checkpoint go by default: its run folder / `best`, or the like."""
     run, name = run_of(checkpoint), Path(checkpoint).name.split('.')[0]
     return f'{run}/{name.removeprefix("checkpoint_")}' if run else f'./experiments/{dataset}/{name}'
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a new, empty folder, which takes the place of `folder` if the block succeeds.
+
+    On an exception, or if the process is killed, `folder` stays as it was. Raises InputError if `folder` cannot be
+    replaced, or if another process is about to.
+    """
+    folder = Path(folder).resolve()
+    if os.path.ismount(folder):
+        raise InputError(f'{folder} is a mount point, which cannot be replaced; give a folder in it')
+    place = folder.with_name(f'.{folder.name}.preparing')
+    new, old = place / 'new', place / 'old'
+    try:
+        with FolderLock(place):
+            if old.exists() and not folder.exists():            # a process was killed between the two renames below
+                os.replace(old, folder)
+            for rest in (new, old):
+                shutil.rmtree(rest, ignore_errors=True)
+            new.mkdir()
+            yield new
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+    finally:
+        if not (place / '.lock').exists():                      # else another process works there
+            shutil.rmtree(place, ignore_errors=True)

@@ -5,7 +5,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from skimage.segmentation import find_boundaries
-from tqdm import tqdm
 
 from support.files import save_image
 
@@ -13,6 +12,7 @@ HIT, MISSED, FALSE = (40, 230, 60), (60, 140, 255), (255, 50, 40)           # co
 UNLABELLED = (255, 255, 0)
 N_COLOURS = 12                                                              # of the coloured picture
 PREVIEW_HEIGHT = 300      # pixels, of an image in the contact sheets
+CONTACT_SHEET_IMAGES = 24   # of a split
 
 
 def draw_overlay(image, segmentation, label=None, matches=None):
@@ -142,21 +142,17 @@ def preview(arrays):
     return np.concatenate([np.asarray(Image.fromarray(tile).resize(size, Image.BOX)) for tile in tiles], axis=1)
 
 
-def save_contact_sheets(parts, data_dir, previews):
-    """Write `contact_sheet_{split}.png` of every split, and remove those of others.
-
-    parts: {split: [names]}. previews: folder of `{name}.png`.
-    """
-    sheets = {part: data_dir / f'contact_sheet_{part}.png' for part in parts}
-    for sheet in set(data_dir.glob('contact_sheet_*.png')) - set(sheets.values()):
-        sheet.unlink()
-    for part, sheet in tqdm(sheets.items(), desc='contact sheets', disable=None):
-        save_image(sheet, contact_sheet(parts[part], previews))
+def save_contact_sheets(images, folder):
+    """Write `contact_sheet_{split}.png` of every split. images: dicts with name, split and preview."""
+    for part in dict.fromkeys(image['split'] for image in images):
+        rows = [image for image in images if image['split'] == part][:CONTACT_SHEET_IMAGES]
+        save_image(folder / f'contact_sheet_{part}.png', contact_sheet([row['name'] for row in rows],
+                                                                       [row['preview'] for row in rows]))
 
 
-def contact_sheet(names, folder, width=1808, at_most=24):
-    """The previews of the first images of a split, with their names, row by row; uint8 RGB."""
-    previews = [Image.open(folder / f'{name}.png') for name in names[:at_most]]
+def contact_sheet(names, previews, width=1808):
+    """Previews, uint8 (PREVIEW_HEIGHT, W, 3), with their names, row by row; uint8 RGB."""
+    previews = [Image.fromarray(preview) for preview in previews]
     margin, line = 4, 16
     x = y = 0
     places = []

@@ -1185,7 +1185,8 @@ def files_in(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize('script, locked', [('prepare', 'out'), ('test', 'out/images_records'), ('train', 'run')])
+@pytest.mark.parametrize('script, locked', [('prepare', '.out.preparing'), ('test', 'out/images_records'),
+                                            ('train', 'run')])
 def test_a_folder_that_another_process_writes(here, prepared, script, locked):
     """It is refused and nothing is changed there; once the other one is killed, its lock is too."""
     pair(here)
@@ -1619,14 +1620,13 @@ def test_program_prepare_data_is_stopped(here, number, code):
     many(here, 300)
     process = start('prepare', '--like', 'MultiOrgan', '--img-dir', 'images', '--label-dir', 'labels', '--data-dir',
                     'out', '--patch-size', '100')
-    while not list(here.glob('out/records/n*.png')):
+    while not list(here.glob('.out.preparing/new/images/*/n*.png')):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == code and 'Traceback' not in error, error
-    assert not temporary_files(here) and not (here / 'out/mean_std.npy').exists()
-    assert all(Image.open(path).load() for path in here.glob('out/images/*/*.png'))
+    assert not (here / 'out').exists() and not (here / '.out.preparing').exists()
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -21,13 +21,13 @@ from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
 import prepare_data
 import train
 from options import Options
-from prepare_data import (Reinhard_normalizer, color_norm, compute_mean_std, count_objects, create_ternary_labels,
-                          instance_label_from_xml, patch_positions, save_instance_label, split_patches, ternary_label)
-from support.data_sets import MULTI_ORGAN_SPLIT, count_grades, draw_split, find_glas
+from prepare_data import (Reinhard_normalizer, color_norm, compute_mean_std, create_ternary_labels,
+                          instance_label_from_xml, main, patch_positions, save_instance_label, split_patches,
+                          ternary_label)
+from support.data_sets import MULTI_ORGAN_SPLIT, count_grades, count_objects, draw_split, find_glas
 from support.files import save_image, save_instances
 from support.images import read_image, read_instance_label
 from support.script import InputError
-from train import main
 from weight_map import create_weight_maps, encode_weight_map, weight_map
 
 CROSS = ndimage.generate_binary_structure(2, 1)
@@ -53,8 +53,8 @@ def contents(folder):
 
 
 def layout(folder):
-    """The files that training and testing read, without what preparation remembers and shows."""
-    return sorted(name for name in contents(folder) if not name.startswith(('records/', 'contact_sheet_')))
+    """The files that training and testing read, without what preparation shows."""
+    return sorted(name for name in contents(folder) if not name.startswith('contact_sheet_'))
 
 
 def pixels(path):
@@ -196,11 +196,11 @@ def test_xml_with_a_dtd_is_refused(label_of, declaration, encoding):
     ('<Annotations><Annotation>', 'is not well-formed XML'),
     ('<Annotations>&undefined;</Annotations>', 'is not well-formed XML'),
     ('', 'is not well-formed XML'),
-    (annotation_xml([[(1, 'nan'), (2, 2), (3, 3)]]), 'line 4: expected a vertex with finite numbers X and Y'),
-    (annotation_xml([[('inf', 1), (2, 2), (3, 3)]]), 'expected a vertex with finite numbers X and Y'),
-    (annotation_xml([[('1e999', 1), (2, 2), (3, 3)]]), 'expected a vertex with finite numbers X and Y'),
+    (annotation_xml([[(1, 'nan'), (2, 2), (3, 3)]]), 'region 1: expected vertices with finite numbers X and Y'),
+    (annotation_xml([[('inf', 1), (2, 2), (3, 3)]]), 'expected vertices with finite numbers X and Y'),
+    (annotation_xml([[('1e999', 1), (2, 2), (3, 3)]]), 'expected vertices with finite numbers X and Y'),
     (annotation_xml([[('left', 1), (2, 2), (3, 3)]]), "finite numbers X and Y, found .*'left'"),
-    (annotation_xml([rectangle(1, 1, 5, 5)]).replace('Y="5"', ''), 'expected a vertex with finite numbers X and Y'),
+    (annotation_xml([rectangle(1, 1, 5, 5)]).replace('Y="5"', ''), 'expected vertices with finite numbers X and Y'),
 ])
 def test_xml_that_is_not_an_annotation_is_refused(label_of, text, message):
     with pytest.raises(InputError, match=message):
@@ -476,12 +476,16 @@ def test_large_images_are_refused_when_told(fullnet_files, tmp_path):
         prepare_nuclei(fullnet_files, tmp_path / 'out', '--max-megapixels', '0.1')
 
 
-def test_an_unfinished_preparation_has_no_mean_std(fullnet_files, tmp_path):
+def test_an_interrupted_preparation_leaves_the_earlier_one_as_it_was(fullnet_files, tmp_path):
     prepare_nuclei(fullnet_files, tmp_path / 'out')
+    before = contents(tmp_path / 'out')
     save_image(fullnet_files / 'labels_instance/Colon_E_label.png', np.ones((300, 519), np.uint16))
     with pytest.raises(InputError, match='Colon_E_label.png is 519 x 300 pixels, its image 520 x 300'):
         prepare_nuclei(fullnet_files, tmp_path / 'out')
-    assert not (tmp_path / 'out/mean_std.npy').exists()
+    assert contents(tmp_path / 'out') == before and not (tmp_path / '.out.preparing').exists()
+    with pytest.raises(InputError, match='Colon_E_label.png is 519 x 300'):
+        prepare_nuclei(fullnet_files, tmp_path / 'anew')
+    assert not (tmp_path / 'anew').exists()
 
 
 def test_images_outside_the_split_are_named(fullnet_files, tmp_path):
@@ -530,48 +534,30 @@ def test_a_small_image_is_refused_before_anything_is_written(fullnet_files, tmp_
 def test_files_of_others_are_refused_and_stay(fullnet_files, tmp_path):
     prepare_nuclei(fullnet_files, tmp_path / 'out')
     save_image(tmp_path / 'out/images/train/mine_0.png', random_image(9, 250, 250))
-    save_image(tmp_path / 'out/images/train/Breast_A_5.png', random_image(8, 250, 250))      # one of ours, changed
+    (tmp_path / 'out/notes.txt').write_text('x')
     before = contents(tmp_path / 'out')
-    with pytest.raises(InputError, match='already holds 2 files that this preparation does not make: images/train/'
-                                         'Breast_A_5.png, images/train/mine_0.png; give an empty --data-dir or remove'):
+    with pytest.raises(InputError, match='out holds 2 files that no preparation made: images/train/mine_0.png, '
+                                         'notes.txt; move them away, or give another --data-dir'):
         prepare_nuclei(fullnet_files, tmp_path / 'out', '--patch-size', '290')
     assert contents(tmp_path / 'out') == before
 
 
 @pytest.mark.parametrize('options, changed', [
-    (['--sigma', '3'], {'weight_maps', 'records'}), (['--w0', '3'], {'weight_maps', 'records'}),
-    (['--ternary-radius', '2'], {'labels', 'records'}),
-    (['--patch-size', '290'], {'images', 'labels', 'weight_maps', 'records', 'labels_instance'})])
-def test_changed_options_redo_what_depends_on_them(fullnet_files, tmp_path, monkeypatch, options, changed):
+    (['--sigma', '3'], {'weight_maps'}), (['--w0', '3'], {'weight_maps'}), (['--ternary-radius', '2'], {'labels'}),
+    (['--patch-size', '290'], {'images', 'labels', 'weight_maps'})])
+def test_a_second_preparation_is_the_one_it_would_be_alone(fullnet_files, tmp_path, options, changed):
+    """Other options, a damaged file, another split: nothing of the first preparation is left."""
     out = tmp_path / 'out'
     prepare_nuclei(fullnet_files, out)
-    written = []
-    save = prepare_data.save_planned
-    monkeypatch.setattr(prepare_data, 'save_planned', lambda file, *rest: written.append(file) or save(file, *rest))
-    prepare_nuclei(fullnet_files, out)
-    assert not written                                                     # nothing changed, nothing is done again
-    prepare_nuclei(fullnet_files, out, *options)
-    assert {file.path.parts[0] for file in written} == changed
-    prepare_nuclei(fullnet_files, tmp_path / 'anew', *options)
-    assert contents(out) == contents(tmp_path / 'anew')
-
-
-def test_a_changed_input_and_a_damaged_output_are_done_again(fullnet_files, tmp_path):
-    out = tmp_path / 'out'
-    prepare_nuclei(fullnet_files, out)
-    good = contents(out)
+    first = contents(out)
     (out / 'labels/train/Breast_A_0_label.png').write_bytes(b'')
     (out / 'images/val/Breast_C_1.png').unlink()
-    (out / 'records/Liver_B.json').write_text('[')
-    prepare_nuclei(fullnet_files, out)
-    assert contents(out) == good
-
-    label = nuclei_label(0).copy()
-    label[label == label.max()] = 0
-    save_image(fullnet_files / 'labels_instance/Breast_A_label.png', label.astype(np.uint16))
-    prepare_nuclei(fullnet_files, out)
-    prepare_nuclei(fullnet_files, tmp_path / 'anew')
-    assert contents(out) == contents(tmp_path / 'anew') != good
+    prepare_nuclei(fullnet_files, out, *options)
+    prepare_nuclei(fullnet_files, tmp_path / 'anew', *options)
+    second = contents(out)
+    assert second == contents(tmp_path / 'anew')
+    assert {name.split('/')[0] for name in first.keys() | second.keys() if first.get(name) != second.get(name)
+            and '/' in name} == changed
 
 
 def test_an_image_that_moves_to_another_split_leaves_nothing_behind(fullnet_files, tmp_path):
@@ -594,19 +580,27 @@ def test_several_processes_make_the_same_files(fullnet_files, tmp_path, recwarn)
         prepare_nuclei(fullnet_files, tmp_path / '2', '--workers', '2')
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_files(fullnet_files, tmp_path):
-    out = tmp_path / 'out'
-    command = [sys.executable, prepare_data.__file__, '--raw-dir', str(fullnet_files), '--data-dir', str(out)]
+def test_killed_in_the_middle_it_starts_anew(fullnet_files, tmp_path):
+    out, preparing = tmp_path / 'out', tmp_path / '.out.preparing'
+    prepare_nuclei(fullnet_files, out, '--sigma', '3')
+    before = contents(out)
+    code = ('import sys, time, prepare_data; save = prepare_data.save_image\n'
+            'def slow(*words): save(*words); time.sleep(0.05)\n'
+            'prepare_data.save_image = slow; prepare_data.main(sys.argv[1:])')
+    command = [sys.executable, '-c', code, '--raw-dir', str(fullnet_files), '--data-dir', str(out)]
     for files_at_the_kill in (1, 10, 25):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.rglob('*.*'))) < files_at_the_kill:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   cwd=Path(prepare_data.__file__).parent)
+        while process.poll() is None and len(list(preparing.rglob('*.*'))) < files_at_the_kill:
             time.sleep(0.001)
         process.kill()
         process.wait()
-        assert not (out / 'mean_std.npy').exists()
+        assert contents(out) == before
+    # killed between the two renames at the end
+    out.rename(preparing / 'old')
     prepare_nuclei(fullnet_files, out)
     prepare_nuclei(fullnet_files, tmp_path / 'whole')
-    assert contents(out) == contents(tmp_path / 'whole')
+    assert contents(out) == contents(tmp_path / 'whole') and not preparing.exists()
 
 
 def test_the_report_and_the_contact_sheets(fullnet_files, tmp_path):
@@ -731,7 +725,7 @@ def test_own_data_that_does_not_match(own, tmp_path):
                            (['--split', 'x.json'], "--split is for one's own data")):
         with pytest.raises(InputError, match=message):
             main(['--data-dir', str(tmp_path / 'out'), *words])
-    with pytest.raises(InputError, match='--label-dir .*labels.* would be written into|would be written into the raw'):
+    with pytest.raises(InputError, match='would replace the raw data: --data-dir .*, --label-dir .*labels'):
         prepare_own(folder, folder / 'labels/out')
     (folder / 'images/case 1.png').unlink()
     with pytest.raises(InputError, match='1 images of instance labels missing in .*images: case 1_label.png'):
@@ -757,14 +751,14 @@ def test_mat_files_that_hold_no_label(tmp_path, content, message):
 
 @pytest.mark.parametrize('out', ['raw', 'raw/out', 'raw/../raw/normalized'])
 def test_writing_into_the_raw_folder_is_refused(fullnet_files, tmp_path, out):
-    with pytest.raises(InputError, match='the prepared data would be written into the raw data'):
+    with pytest.raises(InputError, match='the prepared data would replace the raw data'):
         prepare_nuclei(fullnet_files, tmp_path / out)
 
 
-def test_raw_data_in_a_folder_that_gets_filled_is_refused(fullnet_files, tmp_path):
+def test_raw_data_in_the_folder_that_is_replaced_is_refused(fullnet_files, tmp_path):
     (tmp_path / 'images').mkdir()
     fullnet_files.rename(tmp_path / 'images' / 'raw')
-    with pytest.raises(InputError, match='--raw-dir .* lies in .*images, which preparation fills; move it'):
+    with pytest.raises(InputError, match='the prepared data would replace the raw data: .*; give a --data-dir outside'):
         prepare_nuclei(tmp_path / 'images' / 'raw', tmp_path)
 
 
@@ -1050,8 +1044,8 @@ def test_published_glas_data():
     assert [sum(source.split == part for source in sources) for part in ('train', 'val')] == [68, 17]
     published = [[0.78780321, 0.5120167, 0.78493782], [0.16766301, 0.24838048, 0.13225162]]
     assert np.abs(compute_mean_std(source.image for source in sources) - published).max() <= 1e-8
-    grades = count_grades(REAL / 'GlaS', {'train': [source.name for source in sources]})['grades']
-    assert grades == {'train': {'benign': 37, 'malignant': 48}}
+    images = [{'name': source.name, 'split': 'train'} for source in sources]
+    assert count_grades(REAL / 'GlaS', images)['grades'] == {'train': {'benign': 37, 'malignant': 48}}
 
 
 @needs_real_data

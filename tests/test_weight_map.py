@@ -12,8 +12,7 @@ import weight_map as weight_map_module
 from support.files import save_image
 from support.images import label_name, read_instance_label
 from support.script import InputError
-from train import main
-from weight_map import decode_weight_map, encode_weight_map, object_boundaries, weight_map
+from weight_map import decode_weight_map, encode_weight_map, main, object_boundaries, weight_map
 
 GOLDEN = Path(__file__).parent / 'golden'
 REAL = Path(__file__).resolve().parents[2] / 'shared' / 'data'
