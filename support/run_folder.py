@@ -1,6 +1,5 @@
 """The run folder: what a training writes, and how it is resumed."""
 import contextlib
-import itertools
 import json
 import logging
 import math
@@ -205,7 +204,7 @@ class Run:
     """
 
     def __init__(self, state, opt, mean_std):
-        self.state, self.opt, self.mean_std, self.info = state, opt, mean_std, None
+        self.state, self.opt, self.mean_std = state, opt, mean_std
         self.lock = FolderLock(opt.train['save_dir'])
         folder = Path(opt.train['save_dir'])
         run = run_of(opt.train['checkpoint'])
@@ -227,7 +226,16 @@ class Run:
             raise InputError(f'{opt.train["checkpoint"]} has {state.epoch} epochs, and the run in {folder} went on to '
                              f'{done}, which would be overwritten; resume from {latest}, choose another --save-dir, or '
                              f'give --overwrite True')
-        self.begin(folder)
+        self.folder, self.checkpoints = folder, folder / 'checkpoints'
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.opt.save(folder)
+        log.handlers.clear()
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.addHandler(logging.StreamHandler())
+        log.addHandler(LogFile(folder / 'train.log', encoding='utf-8'))
+        self.write_results()
+        self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
         self.last_saved, self.last_grid, self.last_drawn = time.monotonic(), state.epoch, -math.inf
 
     def __enter__(self):
@@ -236,35 +244,11 @@ class Run:
     def __exit__(self, *exception):
         self.lock.release()
 
-    def begin(self, folder):
-        """Write into this folder from now on."""
-        self.folder, self.checkpoints = folder, folder / 'checkpoints'
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.opt.save(folder)
-        if self.info:
-            write_text(folder / 'run_info.json', self.info)
-        log.handlers.clear()
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        log.addHandler(logging.StreamHandler())
-        log.addHandler(LogFile(folder / 'train.log', encoding='utf-8'))
-        self.write_results()
-        self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
-
-    def stay(self):
-        """Before something is saved: if the folder was moved, deleted or emptied, go on in a new one of this name."""
-        if self.lock.is_in_place() and self.checkpoints.is_dir():
-            return
-        before = folder = self.folder
-        if not self.lock.is_in_place():
-            names = itertools.chain([before], (Path(f'{before}_{k}') for k in itertools.count(2)))
-            folder = next(filter(is_free, names))
-            self.lock.release()
-            self.lock = FolderLock(folder)
-            self.opt.train['save_dir'] = str(folder)
-        self.begin(folder)
-        log.warning(f'{before} was moved, emptied or deleted while the training ran; '
-                    f'it goes on in {folder}, without the earlier checkpoints')
+    def check_folder(self):
+        """Raise InputError if the run folder was moved, emptied or deleted: what is saved now would lie apart."""
+        if not (self.lock.is_in_place() and self.checkpoints.is_dir()):
+            raise InputError(f'the run folder {self.folder} was moved, emptied or deleted while the training ran; '
+                             f'resume from its checkpoint with --checkpoint-path, where it is now')
 
     def save_info(self, *datasets):
         """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
@@ -272,14 +256,13 @@ class Run:
         packages = {name: module.__version__ for name, module in packages.items()}
         files = {str(path): sha256_of(path)
                  for dataset in datasets for item in dataset.items for path in item}
-        info = {'python': platform.python_version(), 'packages': packages, 'commit': git_commit(Path(__file__).parent),
-                'seed': self.opt.train['seed'], 'files': files}
-        self.info = json.dumps(info, indent=1) + '\n'
-        write_text(self.folder / 'run_info.json', self.info)
+        info = {'python': platform.python_version(), 'packages': packages,
+                'commit': git_commit(Path(__file__).parents[1]), 'seed': self.opt.train['seed'], 'files': files}
+        write_text(self.folder / 'run_info.json', json.dumps(info, indent=1) + '\n')
 
     def log_epoch(self, row):
         """One line of the log, TensorBoard, epoch_results.txt and learning_curve.png."""
-        self.stay()
+        self.check_folder()
         text = 'epoch %d  train: loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f' % tuple(row[:6])
         if not math.isnan(row[6]):
             text += '  val: loss %.4f  acc %.4f  IoU %.4f' % tuple(row[6:])
@@ -336,7 +319,7 @@ class Run:
 
     def save_latest(self, *copies):
         """The latest checkpoint, and before it `copies`, file names: a resume repeats an epoch that lacks one."""
-        self.stay()
+        self.check_folder()
         checkpoint = self.state.as_checkpoint()
         checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
         if not torch.stack([value.isfinite().all() for value in checkpoint['state_dict'].values()]).all():
@@ -349,8 +332,7 @@ class Run:
                 with atomic_path(path) as temporary:
                     shutil.copyfile(first, temporary)
         except OSError as error:
-            if not self.lock.is_in_place():                            # the folder was moved in this very moment
-                return self.save_latest(*copies)
+            self.check_folder()
             raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then go on '
                              f'with: python train.py --checkpoint-path {self.latest}') from error
         self.last_saved = time.monotonic()

@@ -42,7 +42,7 @@ from FullNet import create_model
 from loss import VarCELoss
 from miniature import SMALL, make_multi_organ, nuclei, pixels
 from prepare_data import ternary_label
-from support import files
+from support import files, results, run_folder
 from support.checkpoints import load_checkpoint
 from support.files import FolderLock
 from support.script import InputError, run_script
@@ -1271,12 +1271,10 @@ def moved(run):
     run.rename(run.with_name('elsewhere'))
 
 
-@pytest.mark.parametrize('script, module, function', [('prepare', prepare_data, 'write_record'),
-                                                      ('test', test_script, 'save_instances')])
-def test_results_that_are_moved_while_they_are_written(here, monkeypatch, script, module, function):
+def test_results_that_are_moved_while_they_are_written(here, monkeypatch):
     """They are not continued in a second folder; the first one is finished by the same command."""
     pair(here)
-    write, calls = getattr(module, function), []
+    write, calls = results.save_instances, []
 
     def then(*words):
         write(*words)
@@ -1284,12 +1282,12 @@ def test_results_that_are_moved_while_they_are_written(here, monkeypatch, script
         if len(calls) == 2:
             moved(here / 'out')
     with monkeypatch.context() as patch:
-        patch.setattr(module, function, then)
-        refused(lambda: RUN[script](here), 'out', 'was moved or deleted while it was written', 'run the same command')
+        patch.setattr(results, 'save_instances', then)
+        refused(lambda: run_test(here), 'out', 'was moved or deleted while it was written', 'run the same command')
     assert len(calls) == 2 and not list(here.glob('out/**/*.*'))
     moved_to = here / 'elsewhere'
-    RUN[script](here, *(['--data-dir'] if script == 'prepare' else ['--save-dir']), str(moved_to))
-    assert (moved_to / ('mean_std.npy' if script == 'prepare' else 'images_test_result.txt')).is_file()
+    run_test(here, '--save-dir', str(moved_to))
+    assert (moved_to / 'images_test_result.txt').is_file()
 
 
 def moved_and_replaced(run):
@@ -1303,64 +1301,30 @@ def cleared(run):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.fixture(scope='module')
-def undisturbed(prepared, tmp_path_factory):
-    """The run folder of two epochs."""
-    folder = tmp_path_factory.mktemp('undisturbed') / 'run'
-    train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', str(folder), '--epochs', '2'])
-    return folder
-
-
-@pytest.mark.parametrize('happens, goes_on_in, minutes', [
-    (moved, 'run', '0'), (moved, 'run', '10'), (missing, 'run', '0'), (cleared, 'run', '10'), (a_file, 'run_2', '0'),
-    (moved_and_replaced, 'run_2', '10')])
-def test_the_run_folder_goes_away_while_training(here, prepared, undisturbed, monkeypatch, happens, goes_on_in,
-                                                 minutes):
-    """Training goes on in a complete new folder and says so; what was moved stays whole, what replaced it untouched.
-
-    minutes: 0 = what is saved next is a checkpoint within the epoch; 10 = the one at its end.
-    """
-    log_epoch, before = train.Run.log_epoch, set(os.listdir())
+@pytest.mark.parametrize('happens', [moved, missing, cleared, a_file, moved_and_replaced])
+@pytest.mark.parametrize('minutes', ['0', '10'], ids=['in the epoch', 'at its end'])
+def test_the_run_folder_goes_away_while_training(here, prepared, monkeypatch, happens, minutes):
+    """Training ends with one line; nothing is written where the folder was, and what was moved can be resumed."""
+    log_epoch = run_folder.Run.log_epoch
 
     def then(run, row):
         log_epoch(run, row)
         if run.state.epoch == 1:
             happens(here / 'run')
-    monkeypatch.setattr(train.Run, 'log_epoch', then)
-    train.main([*SMALL, '--data-dir', str(prepared), '--save-dir', 'run', '--epochs', '2', '--checkpoint-minutes',
-                minutes])
-
-    was_moved = happens in (moved, moved_and_replaced)
-    assert set(os.listdir()) - before == {'run', goes_on_in, *['elsewhere'] * was_moved}
-    folder = Path(goes_on_in)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
-    checkpoint, expected = (load_checkpoint(run / 'checkpoints/checkpoint.pth.tar') for run in (folder, undisturbed))
-    assert all(torch.equal(checkpoint['state_dict'][key], value) for key, value in expected['state_dict'].items())
-    assert checkpoint['options']['train']['save_dir'] == goes_on_in
-    assert (folder / 'epoch_results.txt').read_text() == (undisturbed / 'epoch_results.txt').read_text()
-    said, *_, last = (folder / 'train.log').read_text().splitlines()
-    assert said.startswith(f'run was moved, emptied or deleted while the training ran; it goes on in {goes_on_in},')
-    assert last.startswith('done: 2 epochs') and len(list(folder.glob('tb_logs/events*'))) == 1
-    if was_moved:
-        assert load_checkpoint('elsewhere/checkpoints/checkpoint.pth.tar')['epoch'] == 1
-        assert len(Path('elsewhere/epoch_results.txt').read_text().splitlines()) == 2
+    words = [*SMALL, '--data-dir', str(prepared), '--epochs', '2', '--checkpoint-minutes', minutes]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.Run, 'log_epoch', then)
+        refused(lambda: train.main([*words, '--save-dir', 'run']), 'the run folder run was moved, emptied or deleted',
+                'resume from its checkpoint with --checkpoint-path')
     if happens is moved_and_replaced:
         assert files_in(here / 'run') == {'checkpoints/checkpoint.pth.tar': b'of another run'}
-    if happens is a_file:
+    elif happens is a_file:
         assert Path('run').read_text() == 'a file'
-
-
-def test_the_run_folder_is_moved_in_the_moment_of_saving(data, monkeypatch):
-    """The checkpoint that could not be put in its place is written once more."""
-    replace, done = os.replace, []
-
-    def after_the_move(source, target):
-        if not done and str(target).endswith('checkpoint.pth.tar'):
-            done.append(moved(data / 'run'))
-        replace(source, target)
-    monkeypatch.setattr(os, 'replace', after_the_move)
-    run_train(data)
-    assert done and load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
+    else:
+        assert not list(Path('run').rglob('*.*tar'))
+    if happens in (moved, moved_and_replaced):
+        train.main(['--checkpoint-path', 'elsewhere/checkpoints/checkpoint.pth.tar', '--data-dir', str(prepared)])
+        assert load_checkpoint('elsewhere/checkpoints/checkpoint.pth.tar')['epoch'] == 2
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import train
 from FullNet import create_model
 from miniature import SMALL, make_multi_organ, nuclei, pixels
 from prepare_data import Reinhard_normalizer
+from support import results
 from support.checkpoints import load_checkpoint
 from support.devices import Processes
 from support.files import save_instances
@@ -163,7 +164,7 @@ def test_results_of_another_version_are_computed_again(images, monkeypatch, caps
     segment(images)
     segment(images)
     assert '2 images were finished before' in capsys.readouterr().out
-    monkeypatch.setattr(test_script, 'RESULT_VERSION', test_script.RESULT_VERSION + 1)
+    monkeypatch.setattr(results, 'RESULT_VERSION', results.RESULT_VERSION + 1)
     segment(images)
     assert 'finished before' not in capsys.readouterr().out
 
