@@ -26,7 +26,6 @@ from support.script import InputError
     ('demo_report', '', 'the following arguments are required: --data-dir, --result-dir, --out'),
     ('export_geojson', '', 'the following arguments are required: results'),
     ('export_pretrained', '--run x', 'the following arguments are required: --data-dir'),
-    ('fuzz', '--count many', "argument --count: invalid int value: 'many'"),
     ('make_demo_data', 'x --sise 3', 'unrecognized arguments: --sise 3'),
     ('make_report', 'x --open', 'unrecognized arguments: --open'),
     ('otsu_baseline', '--img-dir x', 'the following arguments are required: --label-dir'),
