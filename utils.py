@@ -44,6 +44,8 @@ except ImportError:                                # Windows
     import msvcrt
     fcntl = None
 
+tqdm.disable = True                                # of a bar that a signal stops while it is made: nothing to close
+
 
 # ---------------------------------------------------------------------------------------------------
 # Errors and script exit codes
