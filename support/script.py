@@ -12,6 +12,7 @@ import sys
 import warnings
 
 import torch
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -26,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+tqdm.disable = True            # of a progress bar that a signal stops while it is made: it has nothing to close then
 
 
 def run_script(main):

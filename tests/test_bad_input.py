@@ -1598,7 +1598,7 @@ def test_program_test_is_stopped(here, number, code):
     many(here, 500, 100)
     process = start('test', *TEST, '--img-dir', 'images', '--label-dir', 'labels', '--model-path', 'net.pth.tar',
                     '--save-dir', 'out')
-    wait_for(here / 'out/images_records', process)
+    wait_for(here / 'out/images_records/n0.json', process)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == code and 'Traceback' not in error, error
