@@ -65,8 +65,9 @@ TRAIN = dict(
     preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and stop'),
     amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; less memory, coarser sums, faster where the '
                                'processor has it (AVX512_BF16, AMX, GPUs)'),
-    max_minutes=Option(0.0, float, 'time budget of the training steps over all resumes, instead of num_epochs; '
-                                   'validation comes on top; 0 = none', at_least=0),
+    max_minutes=Option(0.0, float, 'training ends after num_epochs or these minutes of steps, whichever is first; the '
+                                   'first 30 steps fix how many there are; validation comes on top; 0 = none',
+                       at_least=0),
     checkpoint_minutes=Option(10.0, float, 'minutes between two savings of the latest checkpoint', at_least=0),
 )
 

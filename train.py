@@ -119,9 +119,9 @@ def train_epoch(state, network, compiled, crops, loader, criterion, train, proce
     """
     network.train()
     batches = loader.batch_sampler
-    started, first = time.monotonic(), state.batch
     progress = tqdm(itertools.islice(crops, len(batches) - state.batch), desc=f'epoch {state.epoch + 1}',
                     initial=state.batch, total=len(batches), disable=processes.quiet)
+    started = time.monotonic()
     for batch in progress:
         if state.step >= state.total_steps:                      # the time budget ends within an epoch
             break
@@ -167,10 +167,11 @@ def train_epoch(state, network, compiled, crops, loader, criterion, train, proce
                      state.batch, len(batches), *means)
 
         # 7. time budget, checkpoint, stop
-        if train['max_minutes'] and not state.steps_planned and state.batch - first == min(10, len(batches)):
-            state.plan_steps((time.monotonic() - started) / (state.batch - first), train['max_minutes'], processes)
+        if train['max_minutes'] and not state.steps_planned:
+            state.plan_steps(time.monotonic() - started, train['max_minutes'], processes)
         run.save_if_due()
         stop.check(run.save_and_say_how_to_go_on)
+        started = time.monotonic()
     progress.close()
 
 

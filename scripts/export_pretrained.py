@@ -1,7 +1,7 @@
 """Make a file of weights to ship from a training run.
 
     python scripts/export_pretrained.py --run RUN --data-dir DATA --out FILE.pth.tar [--checkpoint best]
-        [--scores RESULTS ...] [--licence TEXT]
+        [--scores RESULTS ...] [--licence TEXT] [--raw]
 
 It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe of
 every stage (a run that started from another one's weights has two), a fingerprint of the data, the commit, the hours,
@@ -93,6 +93,8 @@ def main(argv=None):
                         help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
     parser.add_argument('--licence', default='', help='of the weights, as that of their data asks; test.py names it')
+    parser.add_argument('--raw', action='store_true',
+                        help='of a run with --ema-decay: the weights themselves, not their average')
     parser.add_argument('--out', type=Path, required=True, help='the file to write, such as pretrained/mine.pth.tar')
     args = parser.parse_args(argv)
     ending = '' if args.checkpoint == 'latest' else f'_{args.checkpoint}'
@@ -101,10 +103,13 @@ def main(argv=None):
     if 'options' not in checkpoint or not (args.run / 'run_info.json').is_file():
         raise InputError(f'{args.run} is not a run of this train.py: expected options in its checkpoint, and '
                          f'run_info.json')
+    if args.raw and 'raw_state_dict' not in checkpoint:
+        raise InputError(f'{path} has no averaged weights beside the raw ones, as it was trained without --ema-decay; '
+                         f'leave out --raw')
     info = json.loads((args.run / 'run_info.json').read_text())
     load_mean_std_of_run(args.data_dir, checkpoint, path)
     weights = {key: value.float() if value.is_floating_point() else value
-               for key, value in checkpoint['state_dict'].items()}
+               for key, value in checkpoint['raw_state_dict' if args.raw else 'state_dict'].items()}
     stages = stages_of(path)
     save_checkpoint(args.out, {
         'epoch': checkpoint['epoch'], 'state_dict': weights, 'mean_std': checkpoint['mean_std'],

@@ -30,6 +30,7 @@ CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', '
               'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'compile', 'grid_every',
               'preview'}
 OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}  # of a checkpoint of ours
+WARM_UP, TIMED = 10, 20     # steps: on CUDA compiling and the search for the fastest convolutions; then those measured
 CURVE_MINUTES = 3         # between two drawings of learning_curve.png
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png', 'val_grid.png')
@@ -40,9 +41,10 @@ log = logging.getLogger('train')
 class TrainingState:
     """Everything that changes while training.
 
-    epoch: epochs completed. batch: steps done in the current epoch. step: steps in all. sums: of the results of the
-    images of the current epoch; count: how many these are. history: rows of epoch_results.txt. There is no random
-    state: shuffling, transforms and dropout are functions of the seed and of these numbers.
+    epoch: epochs completed. batch: steps done in the current epoch. step: steps in all. steps_planned: those that
+    max_minutes allows, 0 until the speed is known. sums: of the results of the images of the current epoch; count: how
+    many these are. history: rows of epoch_results.txt. There is no random state: shuffling, transforms and dropout are
+    functions of the seed and of these numbers.
     """
 
     def __init__(self, model, optimizer, train, steps_per_epoch, scaler):
@@ -52,7 +54,7 @@ class TrainingState:
         self.epoch, self.batch = train['start_epoch'], 0
         self.step = self.epoch * steps_per_epoch
         self.total_steps = train['num_epochs'] * steps_per_epoch
-        self.steps_planned = False               # whether total_steps comes from max_minutes
+        self.steps_planned, self.step_seconds = 0, []
         self.sums, self.count = np.zeros(5), 0
         self.best_iou = -1.0                     # below any IoU: the first validation is the best so far
         self.history = []
@@ -83,12 +85,23 @@ class TrainingState:
         self.batch, self.sums, self.count = 0, np.zeros(5), 0
         return row
 
-    def plan_steps(self, seconds_per_step, max_minutes, processes):
-        """Fix the number of steps from the measured speed; done once in a run, so that a schedule has an end."""
-        steps = max(0, round((max_minutes - self.minutes()) * 60 / seconds_per_step))
-        self.total_steps = self.step + int(processes.from_first(steps))
-        self.steps_planned = True
-        log.info(f'{seconds_per_step:.2f} s per step: {self.total_steps} steps in {max_minutes:g} minutes')
+    def plan_steps(self, seconds, max_minutes, processes):
+        """Count the seconds of a step; fix the number of steps when the speed is known, once, so that a schedule ends.
+
+        That is the mean of the 20 steps after the first 10. Where these 30 take more than a quarter of max_minutes, it
+        is the mean of those so far, without half of them or the first 10.
+        """
+        self.step_seconds.append(seconds)
+        known = len(self.step_seconds) == WARM_UP + TIMED or self.minutes() > max_minutes / 4
+        if not processes.from_first(known):
+            return
+        timed = self.step_seconds[min(WARM_UP, len(self.step_seconds) // 2):]
+        speed = sum(timed) / len(timed)
+        steps = max(0, round((max_minutes - self.minutes()) * 60 / speed))
+        self.steps_planned = self.step + int(processes.from_first(steps))
+        self.total_steps = min(self.total_steps, self.steps_planned)
+        log.info(f'{speed:.3f} s per step: {self.steps_planned} steps in {max_minutes:g} minutes; training ends after '
+                 f'{self.total_steps}')
 
     def validation_model(self):
         """The network that is validated and tested: that of the averaged weights, if they are averaged."""
@@ -131,9 +144,11 @@ class TrainingState:
                 self.history = read_results(Path(run, 'epoch_results.txt'), self.epoch)
             return
         self.batch, self.step, self.history = checkpoint['batch'], checkpoint['step'], checkpoint['history']
-        self.steps_planned = checkpoint['steps_planned']
+        self.steps_planned = int(checkpoint['steps_planned'])
+        if checkpoint['steps_planned'] is True:                        # as earlier versions had it
+            self.steps_planned = checkpoint['total_steps']
         if self.steps_planned:
-            self.total_steps = checkpoint['total_steps']
+            self.total_steps = min(self.total_steps, self.steps_planned)
         self.sums, self.count = np.array(checkpoint['meter'][0]), checkpoint['meter'][1][0]
         self.seconds_before = checkpoint['minutes'] * 60
         if self.scaler.is_enabled() and checkpoint.get('loss_scale'):  # none: a run without amp so far

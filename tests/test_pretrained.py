@@ -225,6 +225,17 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
     assert json.loads((shipped.parent / 'expected.json').read_text()) == measured
 
 
+def test_raw_weights_are_exported_of_a_run_that_averaged_them(made, tmp_path):
+    words = ['--data-dir', str(made / 'data'), '--out', str(tmp_path / 'w.pth.tar'), '--raw']
+    export_pretrained.main(['--run', str(made / 'stage2'), *words])
+    run = load_checkpoint(made / 'stage2/checkpoints/checkpoint_best.pth.tar')
+    raw = load_checkpoint(tmp_path / 'w.pth.tar')['state_dict']
+    assert all(torch.equal(raw[key], value) for key, value in run['raw_state_dict'].items())
+    assert not torch.equal(raw['conv2.weight'], run['state_dict']['conv2.weight'])
+    with pytest.raises(InputError, match='trained without --ema-decay; leave out --raw'):
+        export_pretrained.main(['--run', str(made / 'stage1'), *words])
+
+
 # ---------------------------------------------------------------------------------------------------
 # The script that makes them, and the one that checks them
 # ---------------------------------------------------------------------------------------------------

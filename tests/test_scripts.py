@@ -29,6 +29,8 @@ from support.script import InputError
     ('make_demo_data', 'x --sise 3', 'unrecognized arguments: --sise 3'),
     ('make_report', 'x --open', 'unrecognized arguments: --open'),
     ('otsu_baseline', '--img-dir x', 'the following arguments are required: --label-dir'),
+    ('reproduce', '', 'the following arguments are required: dataset'),
+    ('reproduce', 'GlaS many', "argument minutes: invalid float value: 'many'"),
     ('study_post_processing', 'x', 'the following arguments are required: --label-dir'),
     ('update_batch_norm', '', 'the following arguments are required: --model-path, --data-dir, --out'),
     ('verify_pretrained', '--wrong', 'unrecognized arguments: --wrong'),

@@ -24,7 +24,7 @@ import train
 from miniature import SMALL, make_glas, make_multi_organ
 from options import TRAIN, Options
 from support import checkpoints, devices, files, run_folder
-from support.checkpoints import load_checkpoint
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.devices import MixedPrecision
 from support.script import InputError
 from utils import accuracy_pixel_level
@@ -325,10 +325,38 @@ def test_without_git_there_is_no_commit(data, tmp_path, monkeypatch):
 
 def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
     first, _ = run(data, tmp_path / 'run', '--max-minutes', '0.03', '--epochs', '1000')
-    assert first['steps_planned'] and 2 <= first['step'] == first['total_steps'] < 400
+    assert 1 <= first['step'] == first['total_steps'] == first['steps_planned'] < 2000
     path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
     train.main(['--checkpoint-path', str(path)])
     assert load_checkpoint(path)['step'] == first['step']
+    save_checkpoint(path, first | {'steps_planned': True})                   # as earlier versions wrote it
+    train.main(['--checkpoint-path', str(path)])
+    assert load_checkpoint(path)['step'] == first['step']
+
+
+def test_max_minutes_is_a_cap_beside_the_epochs(data, tmp_path):
+    path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
+    first, _ = run(data, tmp_path / 'run', '--max-minutes', '1000', '--epochs', '16')         # 2 steps an epoch
+    assert first['step'] == 32 < first['steps_planned']
+    train.main(['--checkpoint-path', str(path), '--epochs', '17'])           # the plan leaves room for more
+    again = load_checkpoint(path)
+    assert again['step'] == 34 and again['steps_planned'] == first['steps_planned']
+
+
+@pytest.mark.parametrize('seconds, minutes_used, planned', [
+    ([60.0] * 10 + [1.0, 3.0] * 10, 3, 30 + 57 * 60 / 2),                    # the first 10 steps do not count
+    ([600.0, 200.0, 100.0, 300.0], 20, 4 + 40 * 60 / 200),                   # a quarter of the time is over: half count
+    ([9.0], 61, 1),                                                          # all of it is over
+])
+def test_the_number_of_steps_comes_from_the_speed_after_a_warm_up(monkeypatch, seconds, minutes_used, planned):
+    options = dict(ema_decay=0, start_epoch=0, num_epochs=10000)
+    state = run_folder.TrainingState(torch.nn.Linear(1, 1), None, options, steps_per_epoch=7, scaler=None)
+    monkeypatch.setattr(run_folder.TrainingState, 'minutes', lambda state: minutes_used * (state.step == len(seconds)))
+    for value in seconds:
+        assert state.steps_planned == 0
+        state.finish_step([0] * 5, 1)
+        state.plan_steps(value, 60, devices.Processes([]))
+    assert state.steps_planned == state.total_steps == planned
 
 
 def test_learning_rates():
