@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from loss import label_instances
+from support.images import read_instance_label  # noqa: F401  (users read labels with it)
 from support.images import decode, list_images, missing_files_message, open_image, read_image
 from support.script import InputError
 

@@ -12,6 +12,7 @@ from skimage import measure, morphology, segmentation
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from support.checkpoints import load_checkpoint  # noqa: F401  (the published code has it here)
 from support.hausdorff import ObjectShapes, hausdorff_distances, nearest_object_distances
 from support.images import resize_bilinear
 from support.script import InputError

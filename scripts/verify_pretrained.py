@@ -32,6 +32,7 @@ import test as test_script  # noqa: E402
 from scripts.make_demo_data import make_image  # noqa: E402
 from support.checkpoints import load_checkpoint  # noqa: E402
 from support.files import save_image, sha256_of, write_text  # noqa: E402
+from support.pictures import draw_overlay  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 
 OBJECTS, PROBABILITY, AJI = 0.05, 0.01, 0.005                            # allowed differences; the first is relative
@@ -62,7 +63,7 @@ def measure(weights, picture=None):
     for name, (image, options) in test_images().items():
         label, probabilities = test_script.segment(image, weights, '--tta', 'none', *options)
         if picture and name == 'tissue':
-            save_image(picture, test_script.draw_overlay(image, label))
+            save_image(picture, draw_overlay(image, label))
         found[name] = {'objects': int((np.bincount(label.ravel())[1:] > 0).sum()),
                        'mean_inside': round(float(probabilities[..., 1].mean()), 5),
                        'mean_contour': round(float(probabilities[..., 2].mean()), 5)}

@@ -114,7 +114,7 @@ def test_dropout_works_in_training_and_is_off_in_evaluation():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(name='UNet'), "model name is 'UNet'; expected one of FullNet, FCN_pooling"),
+    (dict(name='UNet'), "no such model: its name is 'UNet'; expected one of FullNet, FCN_pooling"),
     (dict(layer_type='wide'), "layer_type is 'wide'; expected one of basic, bottleneck"),
     (dict(name='FCN_pooling', dilations=(1, 2)), 'FCN_pooling needs exactly 7 dilations, found 2'),
     (dict(compress_ratio=0.001), 'compress_ratio 0.001 leaves no channel after block 1'),

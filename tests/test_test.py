@@ -27,6 +27,7 @@ from support.checkpoints import load_checkpoint
 from support.devices import Processes
 from support.files import save_instances
 from support.images import read_instance_label
+from support.pictures import colour_instances, draw_contours, draw_overlay, touching_pairs
 from support.script import InputError
 from utils import dilate, match_objects, standard_metrics
 
@@ -256,11 +257,11 @@ def test_overlay_shows_hits_missed_and_false_objects():
     found[5:15, 6:16], found[5:15, 100:110] = 1, 2
     grey = np.full((60, 300, 3), 128, np.uint8)
     matches = match_objects(found, truth)
-    picture = test_script.draw_overlay(grey.copy(), found, truth, matches)
+    picture = draw_overlay(grey.copy(), found, truth, matches)
     assert picture.shape == (80, 300, 3)                              # a legend below
     assert tuple(picture[5, 10]) == test_script.HIT and tuple(picture[5, 105]) == test_script.FALSE
     assert tuple(picture[30, 10]) == test_script.MISSED and tuple(picture[10, 10]) == (128,) * 3
-    plain = test_script.draw_overlay(grey.copy(), found)
+    plain = draw_overlay(grey.copy(), found)
     assert plain.shape == grey.shape and tuple(plain[5, 10]) == test_script.UNLABELLED
     outside = np.ones((60, 300), bool)
     outside[5:15, 6:16] = outside[5:15, 100:110] = False
@@ -271,7 +272,7 @@ def test_overlay_shows_hits_missed_and_false_objects():
 def test_contours_do_not_depend_on_the_pieces(rows):
     label = nuclei(5)[1]
     image = np.zeros((*label.shape, 3), np.uint8)
-    test_script.draw_contours(image, label, (9, 9, 9), rows)
+    draw_contours(image, label, (9, 9, 9), rows)
     whole = find_boundaries(np.pad(label, 1), connectivity=1, mode='inner')[1:-1, 1:-1]
     assert np.array_equal(image[..., 0] > 0, whole)
 
@@ -281,14 +282,14 @@ def test_touching_objects_have_different_colours():
     seeds = np.zeros((80, 90), int)
     seeds[rng.integers(80, size=60), rng.integers(90, size=60)] = np.arange(1, 61)
     label = seeds[tuple(ndimage.distance_transform_edt(seeds == 0, return_distances=False, return_indices=True))]
-    picture = test_script.colour_instances(label).astype(int)
-    pairs = test_script.touching_pairs(label)
+    picture = colour_instances(label).astype(int)
+    pairs = touching_pairs(label)
     colour = {i: tuple(picture[label == i][0]) for i in np.unique(label)}
     assert len(pairs) > 100 and all(colour[a] != colour[b] for a, b in pairs)
     assert all(len(np.unique(picture[label == i], axis=0)) == 1 for i in np.unique(label))
-    alone = test_script.colour_instances(np.array([[0, 3, 0]]))
+    alone = colour_instances(np.array([[0, 3, 0]]))
     assert alone[0, 0].max() == 0 and alone[0, 1].max() > 100
-    assert test_script.colour_instances(np.zeros((2, 2), int)).max() == 0
+    assert colour_instances(np.zeros((2, 2), int)).max() == 0
 
 
 def test_finished_images_are_kept_until_something_changes(images, tmp_path, monkeypatch, capsys):

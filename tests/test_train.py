@@ -26,6 +26,7 @@ from options import TRAIN, Options
 from support import checkpoints, devices, files, run_folder
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.devices import MixedPrecision
+from support.pictures import class_colours
 from support.script import InputError
 from utils import accuracy_pixel_level
 
@@ -173,7 +174,7 @@ def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsy
     assert sheet.shape == (4 * 40 + 3 * 4, 3 * 40 + 2 * 4, 3)
     opt = Options(True).parse([*SMALL, '--data-dir', str(data)])
     dataset = train.load_data(opt, 'train', np.load(data / 'mean_std.npy'))
-    labels = [train.class_colours(dataset[i, opt.train['seed'], 0][2][0]) for i in range(4)]
+    labels = [class_colours(dataset[i, opt.train['seed'], 0][2][0]) for i in range(4)]
     shown = [sheet[y:y + 40, 44:84] for y in range(0, 176, 44)]
     assert all(any(np.array_equal(a, b) for b in labels) for a in shown)
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'colours'), '--preview',
@@ -474,7 +475,7 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
     torch.save(published, tmp_path / 'theirs/checkpoints/checkpoint_1.pth.tar')
     table = tmp_path / 'theirs/epoch_results.txt'
     values = '\t'.join(f'0.{k}000' for k in range(1, 9))
-    table.write_text('\t'.join(train.COLUMNS) + f'\n1\t{values}\n2\t{values}\n')
+    table.write_text('\t'.join(run_folder.COLUMNS) + f'\n1\t{values}\n2\t{values}\n')
     words = [*SMALL, '--data-dir', str(data), '--checkpoint-path',
              str(tmp_path / 'theirs/checkpoints/checkpoint_1.pth.tar'), '--epochs', '2']
     train.main(words)                                                # row 2 is made anew
