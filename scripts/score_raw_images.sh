@@ -5,7 +5,7 @@
 # labels. SAVE_DIR: where the results go [./experiments/raw_images]. MODEL: weights, by default test.py's.
 set -eu
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
+PATH=$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH            # Scripts on Windows (Git Bash)
 DATA_DIR=${DATA_DIR:-./data/MultiOrgan}
 SAVE_DIR=${SAVE_DIR:-./experiments/raw_images}
 [ $# -gt 0 ] || { echo 'usage: sh scripts/score_raw_images.sh TIFFS [OPTIONS of test.py]' >&2; exit 2; }

@@ -3,7 +3,8 @@
 # Needs Python 3.10 or later; PYTHON=/path/to/python3 chooses one.
 set -eu
 cd "$(dirname "$0")/.."
-if [ ! -x .venv/bin/python ]; then
+PATH=$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH                         # Scripts on Windows (Git Bash)
+if [ ! -x .venv/bin/python ] && [ ! -x .venv/Scripts/python.exe ]; then
     python=${PYTHON:-}
     for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
         [ -n "$python" ] && break
@@ -18,7 +19,6 @@ if [ ! -x .venv/bin/python ]; then
 fi
 if ! cmp -s requirements.txt .venv/installed.txt; then
     echo 'installing requirements.txt into .venv (on Linux PyTorch with CUDA, several GB; CPU-only: see README)'
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/installed.txt
 fi
-PATH=$PWD/.venv/bin:$PATH

@@ -3,7 +3,7 @@
 # default that of the images' name.
 set -eu
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
+PATH=$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH            # Scripts on Windows (Git Bash)
 case " $* " in *' --help '* | *' -h '*) exec python train.py --help ;; esac
 
 # what is tested is what was trained: run folder and data as train.py takes them

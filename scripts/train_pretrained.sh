@@ -8,7 +8,7 @@
 # which comes with the code: it is replaced, and so are the facts in README.md, expected.json and tissue.jpg beside it.
 set -eu
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
+PATH=$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH            # Scripts on Windows (Git Bash)
 RAW_DIR=${RAW_DIR:-./raw/MultiOrgan}
 DATA_DIR=${DATA_DIR:-./data/MultiOrgan}
 DATA_500=${DATA_500:-./data/MultiOrgan_500}
