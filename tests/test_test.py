@@ -27,7 +27,8 @@ from support.checkpoints import load_checkpoint
 from support.devices import Processes
 from support.files import save_instances
 from support.images import read_instance_label
-from support.pictures import colour_instances, draw_contours, draw_overlay, touching_pairs
+from support.pictures import (FALSE, HIT, MISSED, UNLABELLED, colour_instances, draw_contours, draw_overlay,
+                              touching_pairs)
 from support.script import InputError
 from utils import dilate, match_objects, standard_metrics
 
@@ -259,10 +260,10 @@ def test_overlay_shows_hits_missed_and_false_objects():
     matches = match_objects(found, truth)
     picture = draw_overlay(grey.copy(), found, truth, matches)
     assert picture.shape == (80, 300, 3)                              # a legend below
-    assert tuple(picture[5, 10]) == test_script.HIT and tuple(picture[5, 105]) == test_script.FALSE
-    assert tuple(picture[30, 10]) == test_script.MISSED and tuple(picture[10, 10]) == (128,) * 3
+    assert tuple(picture[5, 10]) == HIT and tuple(picture[5, 105]) == FALSE
+    assert tuple(picture[30, 10]) == MISSED and tuple(picture[10, 10]) == (128,) * 3
     plain = draw_overlay(grey.copy(), found)
-    assert plain.shape == grey.shape and tuple(plain[5, 10]) == test_script.UNLABELLED
+    assert plain.shape == grey.shape and tuple(plain[5, 10]) == UNLABELLED
     outside = np.ones((60, 300), bool)
     outside[5:15, 6:16] = outside[5:15, 100:110] = False
     assert (plain[outside] == 128).all()
