@@ -3,6 +3,8 @@
 Images are Pillow images until `to_tensor`. A random transform has two halves, `draw` (what is random, from a
 NumPy generator) and `apply` (what is done with it), so that a draw can be pinned.
 """
+import functools
+
 import cv2
 import numpy as np
 import torch
@@ -138,20 +140,20 @@ class RandomElastic(RandomTransform):
         bands = torch.from_numpy(np.stack([np.asarray(band) for image in images for band in image.split()]))
         warped = F.grid_sample(bands[None].float(), points[None], padding_mode='border', align_corners=False)[0]
         warped += 1e-3                  # rounding must not take a whole number below itself before it is truncated
-        bands = iter([Image.fromarray(band) for band in (warped.byte() * inside).numpy()])
+        bands = iter([Image.fromarray(band) for band in warped.numpy().astype(np.uint8) * inside.numpy()])
         return [Image.merge(image.mode, [next(bands) for _ in image.getbands()]) for image in images]
 
     def displacement(self, parameters, width, height):
         """How far every pixel moves in x and in y: float64 (2, height, width), pixels."""
         control_points = torch.from_numpy(parameters).reshape(2, self.n + 3, self.n + 3)
-        return self.basis(height) @ control_points @ self.basis(width).T
+        return spline_weights(self.n, height) @ control_points @ spline_weights(self.n, width).T
 
-    def basis(self, size):
-        """The weight of every control point at every pixel of a side: float64 (size, n + 3)."""
-        # as in ITK, the mesh covers the image and an eighth of a pixel around it
-        places = (np.arange(size) + 0.625) * (self.n / (size + 0.25))                  # 0 ... n
-        knots = np.arange(-3.0, self.n + 4)
-        return torch.from_numpy(BSpline.design_matrix(places, knots, 3).toarray())
+
+@functools.cache
+def spline_weights(n, size):
+    """The weights of the n + 3 control points of a cubic B-spline at every pixel of a side: float64 (size, n + 3)."""
+    places = (np.arange(size) + 0.625) * (n / (size + 0.25))     # 0 ... n; as in ITK, from 1/8 pixel outside the image
+    return torch.from_numpy(BSpline.design_matrix(places, np.arange(-3.0, n + 4), 3).toarray())
 
 
 class RandomRotation(RandomTransform):
