@@ -55,4 +55,5 @@ def make_glas(folder):
 
 
 def pixels(path):
-    return np.asarray(Image.open(Path(path)))
+    array = np.asarray(Image.open(Path(path)))
+    return array.astype(np.uint16) if array.dtype == np.int32 else array         # a PNG of 16 bits, by Pillow before 11

@@ -372,7 +372,7 @@ def test_16_bit_images_are_mapped_when_told(here, content):
     ('weight_maps/train/train_0_weight.png', cut('png')[:50], ['train_0_weight.png']),
     ('weight_maps/train/train_0_weight.png', plain(0, 32, 64)[1], ['train_0_weight.png is 64 x 32 pixels', '64 x 64']),
     ('weight_maps/train/train_0_weight.png', np.full((64, 64), 300, np.uint16),
-     ['train_0_weight.png has colour mode I;16', 'expected a weight map of 8-bit grey', 'prepare_data.py']),
+     ['train_0_weight.png has colour mode I', 'expected a weight map of 8-bit grey', 'prepare_data.py']),
     ('weight_maps/val/val_0_weight.png', plain(0, 32, 64)[1], ['val_0_weight.png is 64 x 32 pixels', '64 x 64']),
     ('labels/train/train_0_label.png', ternary_label(plain(0, 64, 32)[1]), ['train_0_label.png is 32 x 64 pixels']),
     ('labels/train/train_0_label.png', 'no pixels', ['train_0_label.png is not an image']),

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from miniature import pixels
 from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
@@ -55,10 +56,6 @@ def contents(folder):
 def layout(folder):
     """The files that training and testing read, without what preparation shows."""
     return sorted(name for name in contents(folder) if not name.startswith('contact_sheet_'))
-
-
-def pixels(path):
-    return np.array(Image.open(path))
 
 
 # ---------------------------------------------------------------------------------------------------
