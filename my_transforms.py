@@ -149,7 +149,7 @@ class RandomElastic(RandomTransform):
         return spline_weights(self.n, height) @ control_points @ spline_weights(self.n, width).T
 
 
-@functools.cache
+@functools.lru_cache(256)
 def spline_weights(n, size):
     """The weights of the n + 3 control points of a cubic B-spline at every pixel of a side: float64 (size, n + 3)."""
     places = (np.arange(size) + 0.625) * (n / (size + 0.25))     # 0 ... n; as in ITK, from 1/8 pixel outside the image
