@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from support.files import results_folder, run_of, write_text
-from support.script import InputError, Parser
+from support.script import InputError, Parser, expand_home
 
 PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # empty only if left out
 
@@ -224,7 +224,8 @@ class CommandLine:
             run = self._run_number(values.get('epoch')) if group in ('train', 'test') else None
             for name, value in values.items():
                 if isinstance(value, str) and (group, name) not in self.given:
-                    values[name] = value.format(dataset=self.dataset, run=run, epoch=values.get('epoch'))
+                    value = value.format(dataset=self.dataset, run=run, epoch=values.get('epoch'))
+                    values[name] = expand_home(value)
         if self.script == 'train':
             crop = self.transform['train']
             if crop.get('random_crop') == 'input_size':

@@ -10,7 +10,7 @@ import numpy as np
 from skimage.measure import label as connected_regions
 
 from support.files import write_text
-from support.images import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, find_labels, labels_by_name, list_images,
+from support.images import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, composed, find_labels, labels_by_name, list_images,
                             missing_files_message)
 from support.script import InputError, note
 
@@ -93,7 +93,9 @@ def _read_split(path, allowed):
     """{split: [names]} from a JSON file, checked. allowed: names of splits, train and val first."""
     expected = f'expected a JSON object of lists of names: train, val and, if there are, {", ".join(allowed[2:])}'
     try:
-        split = json.loads(path.read_text(encoding='utf-8'))
+        content = path.read_bytes()
+        utf16 = content[:2] in (b'\xff\xfe', b'\xfe\xff')                # as PowerShell writes it
+        split = json.loads(content.decode('utf-16' if utf16 else 'utf-8-sig'))
     except FileNotFoundError:
         raise InputError(f'no such file: {path}; {expected}') from None
     except ValueError as error:
@@ -190,7 +192,9 @@ def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
     test_sets = {'MultiOrgan': ('test_same', 'test_diff'), 'GlaS': ('testA', 'testB')}[dataset]
     files = {image.stem: (image, label) for image, label in zip(images, labels)}
     if split_path:
-        split = _read_split(Path(split_path), ('train', 'val', 'test', *test_sets))
+        stems = {composed(form): image.stem for image in images for form in (image.name, image.stem)}
+        split = {part: [stems.get(composed(name), name) for name in names] for part, names
+                 in _read_split(Path(split_path), ('train', 'val', 'test', *test_sets)).items()}
         missing = [name for group in split.values() for name in group if name not in files]
         if missing:
             raise InputError(missing_files_message(f'images named in {split_path} are', missing, img_dir))

@@ -2,26 +2,34 @@
 import io
 import logging
 import struct
+import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import Image, ImageOps
 from scipy import ndimage
 from scipy.io import loadmat
+from skimage import measure
 
 from support.script import InputError, check_name, note
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
+LABEL_ENDINGS = ('', '_label', '_anno', '_labels', '_mask', '_masks', '_cp_masks', '-labelled', '_GT')   # behind a name
 LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
 WHOLE_SLIDE_EXTENSIONS = ('.svs', '.ndpi', '.mrxs', '.scn', '.vsi', '.czi', '.bif', '.vms')
 WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for instance with QuPath (File > Export images)'
 MAX_MEGAPIXELS = 1000
+# of TIFFs: none, CCITT, LZW, JPEG, deflate, PackBits, deflate
+USUAL_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 # Deflate packs 1,032 to 1; a byte holds up to 8 palette pixels. Up to ANY_MEGAPIXELS a file may declare anything.
 PIXELS_PER_BYTE = 10_000
 ANY_MEGAPIXELS = 16
 
+logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in our errors
 Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
 
 
@@ -57,21 +65,32 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
 
 
 def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
-    """The instance label of each image: `{name}`, `{name}_label` or `{name}_anno` in label_dir.
+    """The instance label of each image: `{name}` with one of LABEL_ENDINGS in label_dir.
 
-    Raises InputError if some are missing, which ends with `hint`, or if an image has two.
+    Names are compared in one Unicode form. Raises InputError if some are missing, which ends with `hint`, or if an
+    image has two, or if label_dir is the folder of the images.
     """
-    files = {p.stem: p for p in list_images(label_dir, extensions)}
-    labels = [[files[path.stem + ending] for ending in ('', '_label', '_anno') if path.stem + ending in files]
+    if images and Path(label_dir).resolve() == images[0].resolve().parent:
+        raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
+    files = {composed(p.stem): p for p in list_images(label_dir, extensions)}
+    labels = [[files[composed(path.stem) + ending] for ending in LABEL_ENDINGS if composed(path.stem) + ending in files]
               for path in images]
     missing = [path.name for path, found in zip(images, labels) if not found]
     if missing:
-        raise InputError(missing_files_message('instance labels of images', missing, label_dir) + hint)
+        first = Path(missing[0]).stem
+        raise InputError(missing_files_message('instance labels of images', missing, label_dir)
+                         + f'; for the first looked for {", ".join(first + ending for ending in LABEL_ENDINGS)} with '
+                           f'{" ".join(extensions)}; saw {", ".join(p.name for p in list(files.values())[:3])}{hint}')
     for path, found in zip(images, labels):
         if len(found) > 1:
             names = ' and '.join(label.name for label in found)
             raise InputError(f'{names} in {label_dir} are both named as labels of {path.name}; keep one of them there')
     return [found[0] for found in labels]
+
+
+def composed(name):
+    """A file's name in the composed Unicode form: macOS writes another one, which looks the same."""
+    return unicodedata.normalize('NFC', name)
 
 
 def refuse_same_folder(data_dir, save_dir):
@@ -109,19 +128,24 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
             raise InputError(f'cannot read {path}: permission denied') from error
         if isinstance(error, FileNotFoundError):
             raise InputError(f'no such file: {path}') from error
+        refuse_unusual_tiff(path)
         raise InputError(f'{path} is not an image that can be read ({type(error).__name__}); '
                          f'expected one of {" ".join(IMAGE_EXTENSIONS)}') from error
-    megapixels = image.width * image.height / 1e6
-    if megapixels > max_megapixels:
-        raise InputError(f'{path} declares {image.width} x {image.height} = {megapixels:.0f} megapixels, more than '
-                         f'max_megapixels = {max_megapixels}; crop it or raise the limit')
-    if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * n_bytes:
-        raise InputError(f'{path} declares {image.width} x {image.height} pixels, more than its '
-                         f'{n_bytes:,} bytes can hold; it is damaged or truncated: copy it again')
+    _check_megapixels(path, image.width, image.height, max_megapixels)
     offsets = [offset for _, _, offset, *_ in image.tile if isinstance(offset, int)]
     if max(offsets, default=0) > n_bytes:                        # Pillow would ask for all up to there at once
         raise damaged(path, 'pixels beyond the end of the file')
     return image
+
+
+def _check_megapixels(path, width, height, max_megapixels):
+    megapixels, n_bytes = width * height / 1e6, path.stat().st_size
+    if megapixels > max_megapixels:
+        raise InputError(f'{path} declares {width} x {height} = {megapixels:.0f} megapixels, more than '
+                         f'max_megapixels = {max_megapixels}; crop it or raise the limit')
+    if megapixels > ANY_MEGAPIXELS and megapixels * 1e6 > PIXELS_PER_BYTE * n_bytes:
+        raise InputError(f'{path} declares {width} x {height} pixels, more than its '
+                         f'{n_bytes:,} bytes can hold; it is damaged or truncated: copy it again')
 
 
 def image_size(path, max_megapixels=MAX_MEGAPIXELS):
@@ -147,8 +171,32 @@ def orientation_of(image, path):
     return orientation if orientation in range(1, 9) else 1
 
 
+def refuse_unusual_tiff(path):
+    """Raise InputError if a file is a TIFF that is sound and of a kind that is not read, such as JPEG 2000."""
+    page = _first_page(path)
+    if page is None:
+        return
+    if page.compression not in USUAL_COMPRESSIONS:
+        name = getattr(page.compression, 'name', page.compression)
+        raise InputError(f'{path} is a TIFF with {name} compression, which is not read; save it uncompressed, or with '
+                         f'deflate')
+    if page.dtype is not None and (page.dtype.itemsize == 8 or page.dtype == np.float16):
+        kind = 'a floating-point' if page.dtype.kind == 'f' else 'a 64-bit'
+        raise InputError(f'{path} is {kind} image ({page.dtype}); expected 8-bit RGB')
+
+
+def _first_page(path):
+    """The first page of a TIFF as tifffile knows it; None if the file is no TIFF, or damaged."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            return file.pages[0]
+    except Exception:                # a damaged file makes it raise almost anything
+        return None
+
+
 def damaged(path, error):
     """The InputError for a file that a decoder failed on; one line, whatever the decoder said."""
+    refuse_unusual_tiff(path)
     said = ' '.join(str(error).split())[:200] or type(error).__name__
     return InputError(f'{path} is damaged or truncated ({said}); copy it again')
 
@@ -186,6 +234,9 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     """
     path = Path(path)
     image = open_image(path, max_megapixels)
+    planes = _three_planes(image, path)
+    if planes is not None:
+        return planes
     _check_frames(image, path)
     try:
         bits = bits_per_channel(image)
@@ -228,6 +279,21 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     return decode(image, path)
 
 
+def _three_planes(image, path):
+    """RGB, uint8 (H, W, 3), of a TIFF whose metadata (ImageJ, OME) call its three grey pages channels; else None."""
+    if image.format != 'TIFF' or image.mode != 'L' or getattr(image, 'n_frames', 1) != 3:
+        return None
+    try:
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            if series.axes == 'CYX' and len(series.shape) == 3 and series.dtype == np.uint8:
+                note(f'{path.name}: three grey pages, which its metadata call channels, are read as RGB')
+                return np.ascontiguousarray(np.moveaxis(series.asarray(), 0, -1))
+    except Exception as error:
+        raise damaged(path, error) from error
+    return None
+
+
 def _check_frames(image, path):
     """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies (a pyramid); note where the
     first frame of an animation is taken."""
@@ -238,7 +304,8 @@ def _check_frames(image, path):
         for frame in range(1, frames if image.format == 'TIFF' else 1):
             image.seek(frame)
             if not image.tag_v2.get(254, 0) & 1:
-                raise InputError(f'{path} has {frames} pages; expected one image per file')
+                hint = '; to make RGB of three grey pages: Image > Type > RGB Color in ImageJ, or export it from QuPath'
+                raise InputError(f'{path} has {frames} pages; expected one image per file' + hint * (frames == 3))
         image.seek(0)
     except InputError:
         raise
@@ -277,8 +344,6 @@ def _read_with_opencv(path):
 
 def _read_with_tifffile(path):
     """The numbers of a TIFF as they are stored, (H, W) or (H, W, channels)."""
-    import tifffile
-    logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in the error
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]               # not all of them: a damaged chain has no end
@@ -301,14 +366,16 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
     Accepts integer images of 8, 16 or 32 bits, palette images (the indices are the ids), RGB with three equal
     channels, integer .npy arrays, and the variable inst_map of MATLAB files (.mat, before version 7.3).
     `image_shape` (H, W), when given, must match. Raises InputError for colour, fractional, negative and JPEG labels,
-    and for a 0/255 mask unless `binary_labels` is set, which then labels its 8-connected components.
+    and for a 0/255 mask unless `binary_labels` is set, which labels the 8-connected components of masks and class maps.
     """
     path = Path(path)
     if path.suffix.lower() in ('.jpg', '.jpeg'):
         raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP, TIFF or .npy label')
     load = {'.npy': load_npy, '.mat': _load_mat}.get(path.suffix.lower())
     label = load(path) if load else _decode_label(path, max_megapixels)
-    if label.ndim == 3 and label.shape[2] > 0:
+    if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]):         # one channel, as PyTorch or MATLAB keep it
+        label = label[0] if label.shape[0] == 1 else label[..., 0]
+    elif label.ndim == 3 and label.shape[2] == 3 and label.dtype == np.uint8:
         if not (label == label[..., :1]).all():
             raise InputError(f'{path} is a colour image; expected one integer id per pixel (0 = background)')
         note(f'{path.name}: RGB label with three equal channels, one of them is used')
@@ -330,18 +397,46 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
     if image_shape is not None and label.shape != tuple(image_shape):
         raise InputError(f'{path} is {label.shape[1]} x {label.shape[0]} pixels, its image '
                          f'{image_shape[1]} x {image_shape[0]}; they must have the same size')
-    maximum = label.max(initial=0)
-    if maximum == 0:
+    return _instances_of(label, path, binary_labels)
+
+
+def _instances_of(label, path, binary_labels):
+    """The instance label of a label, int32 (H, W), that may be a mask or a class map; notes say what was done.
+
+    With binary_labels the 8-connected components of the foreground: of what is above 0, or, where the largest value is
+    over 16, of what has at least half of it, since masks that were resized or were JPEGs have values in between. What
+    looks like an instance label stays one: most of its pixels have a value that is in one piece, and few values have
+    but a few pixels, as the grey edges of a mask do.
+    """
+    values, areas = np.unique(label, return_counts=True)
+    values, areas = values[values > 0], areas[values > 0]
+    n_values = len(values)
+    if n_values == 0:
         note(f'{path.name}: the label has no object')
-    elif (label[label > 0] == maximum).all():                              # one value: one object, or a mask
-        parts, n_parts = ndimage.label(label, np.ones((3, 3)))
-        if binary_labels:
-            return parts.astype(np.int32)
-        if maximum == 255:
-            raise InputError(f'{path} holds only 0 and 255, a mask rather than one id per object; '
-                             f'give --binary-labels to take each 8-connected component as one object')
-        if n_parts > 1:
-            note(f'{path.name}: one object in {n_parts} pieces; if it is a mask of several, give --binary-labels True')
+        return label
+    pieces = measure.label(label, background=0, connectivity=2)
+    value_of_piece = label.ravel()[np.unique(pieces, return_index=True)[1]]
+    in_pieces = np.isin(values, [value for value, n in Counter(value_of_piece.tolist()).items() if n > 1])
+    is_instance_label = n_values > 1 and areas[in_pieces].sum() < areas.sum() / 2 and np.median(areas) > 4
+    if binary_labels and is_instance_label:
+        note(f'{path.name}: its {n_values} values look like one id per object and are kept, in spite of '
+             f'--binary-labels')
+    elif binary_labels:
+        half = values[-1] > 16 and n_values > 1
+        instances, n = ndimage.label(label >= values[-1] / 2 if half else label > 0, np.ones((3, 3)))
+        if n_values > 1:
+            rule = f'at least half of {values[-1]}' if half else 'above 0'
+            note(f'{path.name}: {n_values} values; objects are the connected pixels {rule}: {n} objects')
+        return instances.astype(np.int32)
+    elif n_values == 1 and values[-1] == 255:
+        raise InputError(f'{path} holds only 0 and 255, a mask rather than one id per object; '
+                         f'give --binary-labels to take each 8-connected component as one object')
+    elif n_values > 1 and label.min() > 0:
+        note(f'{path.name}: no pixel is 0, which is the background; if the background has a number of its own, set it '
+             f'to 0')
+    elif not is_instance_label and pieces.max() > 1:
+        note('labels with a few values in many pieces look like masks or class maps; if each piece is an object, give '
+             '--binary-labels True')
     return label
 
 
@@ -398,6 +493,10 @@ def _check_elements(data, order):
 
 
 def _decode_label(path, max_megapixels):
+    page = _first_page(path) if path.suffix.lower() in ('.tif', '.tiff') else None
+    if page is not None and page.dtype is not None and (page.dtype.itemsize == 8 or page.dtype == np.float16):
+        _check_megapixels(path, page.imagewidth, page.imagelength, max_megapixels)
+        return _read_with_tifffile(path)                          # Pillow has no such numbers
     image = open_image(path, max_megapixels)
     if image.format == 'JPEG':
         raise InputError(f'{path} is a JPEG, whose compression changes ids; expected a PNG, BMP or TIFF label')

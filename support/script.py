@@ -20,10 +20,20 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose user's mistakes are one line, an InputError."""
+    """An ArgumentParser whose user's mistakes are one line, an InputError; `~` at the start of a path is expanded."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([expand_home(word) for word in words], namespace)
 
     def error(self, message):
         raise InputError(f'{message} (see python {self.prog} --help)')
+
+
+def expand_home(word):
+    """`~/x` and `--option=~/x` with the home folder in place of `~`, which a shell leaves there in some places."""
+    option, equals, value = word.partition('=') if word.startswith('--') else ('', '', word)
+    return option + equals + (os.path.expanduser(value) if value[:1] == '~' else value)
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -271,7 +271,7 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
         [[1, 0, 0], [0, 1, 0], [0, 0, 0], [2, 0, 0]]
     for one in (np.uint8(1), np.True_):                                  # masks of 0 and 1, and of one bit
         Image.fromarray((np.eye(3)[[0, 2]] > 0) * one).save(tmp_path / 'one.png')
-        with pytest.warns(UserWarning, match='one.png: one object in 2 pieces; .* give --binary-labels True'):
+        with pytest.warns(UserWarning, match='look like masks or class maps; .* give --binary-labels True'):
             assert read_instance_label(tmp_path / 'one.png').tolist() == [[1, 0, 0], [0, 0, 1]]
         assert read_instance_label(tmp_path / 'one.png', binary_labels=True).tolist() == [[1, 0, 0], [0, 0, 2]]
     Image.fromarray(IDS.astype(np.uint8)).save(tmp_path / 'ids.png')

@@ -13,7 +13,6 @@ import pytest
 import tifffile
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
-from miniature import pixels
 from PIL import Image
 from scipy import ndimage
 from scipy.io import savemat
@@ -21,6 +20,7 @@ from test_weight_map import GOLDEN, REAL, needs_real_data, random_label
 
 import prepare_data
 import train
+from miniature import pixels
 from options import Options
 from prepare_data import (Reinhard_normalizer, color_norm, compute_mean_std, create_ternary_labels,
                           instance_label_from_xml, main, patch_positions, save_instance_label, split_patches,

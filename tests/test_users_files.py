@@ -1,0 +1,206 @@
+"""What users' tools write: masks, class maps, stacks, names, TIFFs of unusual kinds, paths with `~`."""
+import json
+import unicodedata
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from miniature import nuclei
+from PIL import Image
+from scipy import ndimage
+
+from prepare_data import main as prepare
+from support.images import find_labels, list_images, read_image, read_instance_label
+from support.script import InputError
+from weight_map import main as weight_map
+
+IMAGE, INSTANCES = nuclei(3, 96, 96)
+INSTANCES = INSTANCES.astype(np.uint16)
+N = int(INSTANCES.max())
+
+
+def with_notes(path, **options):
+    """The label that is read, and the notes that come with it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        label = read_instance_label(path, **options)
+    return label, [str(w.message) for w in caught]
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.npy':
+        np.save(path, array)
+    elif path.suffix == '.tif':
+        tifffile.imwrite(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------
+# Labels that are no instance maps
+# ---------------------------------------------------------------------------------------------------
+
+def grey_edges():
+    """A mask of 0 and 255 that was resized twice."""
+    mask = Image.fromarray((INSTANCES > 0).astype(np.uint8) * 255)
+    return np.asarray(mask.resize((192, 192), Image.BILINEAR).resize((96, 96), Image.BILINEAR))
+
+
+def through_jpeg(tmp_path):
+    Image.fromarray((INSTANCES > 0).astype(np.uint8) * 255).save(tmp_path / 'mask.jpg', quality=90)
+    return np.asarray(Image.open(tmp_path / 'mask.jpg'))
+
+
+def class_map():
+    return ((INSTANCES > 0) * (INSTANCES % 4 + 1)).astype(np.uint8)
+
+
+def test_masks_with_values_in_between_are_their_objects_with_binary_labels(tmp_path):
+    for name, mask in (('grey', grey_edges()), ('jpeg', through_jpeg(tmp_path))):
+        assert len(np.unique(mask)) > 5
+        label, notes = with_notes(save(tmp_path / f'{name}.png', mask), binary_labels=True)
+        expected, n = ndimage.label(mask >= mask.max() / 2, np.ones((3, 3)))
+        assert np.array_equal(label, expected) and abs(n - N) <= 2
+        assert len(notes) == 1 and f'at least half of {mask.max()}: {n} objects' in notes[0]
+
+
+def test_class_maps_are_their_pieces_with_binary_labels(tmp_path):
+    label, notes = with_notes(save(tmp_path / 'x.png', class_map()), binary_labels=True)
+    assert np.array_equal(label, ndimage.label(INSTANCES, np.ones((3, 3)))[0])
+    assert notes == [f'x.png: 4 values; objects are the connected pixels above 0: {label.max()} objects']
+
+
+def test_instance_labels_stay_with_binary_labels(tmp_path):
+    label, notes = with_notes(save(tmp_path / 'x.png', INSTANCES), binary_labels=True)
+    assert np.array_equal(label, INSTANCES)
+    assert len(notes) == 1 and 'look like one id per object and are kept, in spite of --binary-labels' in notes[0]
+
+
+def test_what_looks_like_a_mask_is_noted_without_binary_labels(tmp_path):
+    for mask in (grey_edges(), class_map()):
+        label, notes = with_notes(save(tmp_path / 'x.png', mask))
+        assert np.array_equal(label, mask)
+        assert notes == ['labels with a few values in many pieces look like masks or class maps; if each piece is an '
+                         'object, give --binary-labels True']                   # the same for all files: said once
+    assert with_notes(save(tmp_path / 'x.png', INSTANCES))[1] == []
+
+
+def test_a_label_without_background_is_noted_unless_one_object_fills_it(tmp_path):
+    _, notes = with_notes(save(tmp_path / 'x.png', INSTANCES + 1))
+    assert len(notes) == 1 and 'x.png: no pixel is 0, which is the background' in notes[0]
+    assert with_notes(save(tmp_path / 'x.png', np.ones((9, 9), np.uint8)))[1] == []
+
+
+@pytest.mark.parametrize('shape', [(1, 96, 96), (96, 96, 1)])
+def test_a_label_of_one_channel_is_read_without_a_word(tmp_path, shape):
+    label, notes = with_notes(save(tmp_path / 'x.npy', INSTANCES.reshape(shape)))
+    assert np.array_equal(label, INSTANCES) and notes == []
+
+
+@pytest.mark.parametrize('shape', [(96, 96, 6), (3, 96, 96), (96, 96, 3), (2, 1, 96, 96)])
+def test_other_stacks_are_named_by_their_shape(tmp_path, shape):
+    with pytest.raises(InputError) as refused:
+        read_instance_label(save(tmp_path / 'x.npy', np.zeros(shape, np.int32)))
+    assert f'has shape {shape}; expected a label of shape (height, width)' in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# TIFFs
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [np.int64, np.uint64, np.float64, np.float16])
+def test_labels_of_64_bits_and_half_floats_are_read_from_tiffs(tmp_path, dtype):
+    assert np.array_equal(read_instance_label(save(tmp_path / 'x.tif', INSTANCES.astype(dtype))), INSTANCES)
+    with pytest.raises(InputError, match='more than max_megapixels'):
+        read_instance_label(tmp_path / 'x.tif', max_megapixels=0.001)
+
+
+def test_a_sound_tiff_of_an_unusual_kind_is_not_called_damaged(tmp_path):
+    path = save(tmp_path / 'x.tif', IMAGE)
+    with tifffile.TiffFile(path) as file:
+        place = file.pages[0].tags['Compression'].valueoffset
+    content = bytearray(path.read_bytes())
+    for code, name in ((33005, 'APERIO_JP2000_RGB'), (34712, 'JPEG2000'), (34887, 'LERC'), (50002, 'JPEGXL'),
+                       (50001, 'WEBP')):
+        content[place:place + 2] = code.to_bytes(2, 'little')
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f'is a TIFF with {name} compression, which is not read; save it') as error:
+            read_image(path)
+        assert 'damaged' not in str(error.value)
+
+
+def test_three_grey_pages_are_rgb_where_the_metadata_say_so(tmp_path):
+    pages = np.moveaxis(IMAGE, -1, 0)
+    tifffile.imwrite(tmp_path / 'imagej.tif', pages, imagej=True, metadata={'axes': 'CYX'})
+    tifffile.imwrite(tmp_path / 'ome.ome.tif', pages, metadata={'axes': 'CYX'}, photometric='minisblack')
+    for name in ('imagej.tif', 'ome.ome.tif'):
+        with pytest.warns(UserWarning, match='three grey pages, which its metadata call channels, are read as RGB'):
+            assert np.array_equal(read_image(tmp_path / name), IMAGE)
+    tifffile.imwrite(tmp_path / 'plain.tif', pages, photometric='minisblack', metadata=None)
+    with pytest.raises(InputError, match='has 3 pages; expected one image per file; .* Image > Type > RGB Color'):
+        read_image(tmp_path / 'plain.tif')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('ending', ['_mask', '_masks', '_cp_masks', '-labelled', '_GT', '_labels'])
+def test_labels_are_found_by_the_endings_of_other_tools(tmp_path, ending):
+    images = [save(tmp_path / f'images/{name}.png', IMAGE) for name in 'ab']
+    labels = [save(tmp_path / f'labels/{name}{ending}.png', INSTANCES) for name in 'ab']
+    assert find_labels(images, tmp_path / 'labels') == labels
+    save(tmp_path / 'labels/a.png', INSTANCES)
+    with pytest.raises(InputError, match='are both named as labels of a.png; keep one'):
+        find_labels(images, tmp_path / 'labels')
+
+
+def test_missing_labels_say_what_was_looked_for_and_seen(tmp_path):
+    images = [save(tmp_path / 'images/a.png', IMAGE)]
+    save(tmp_path / 'labels/other.png', INSTANCES)
+    with pytest.raises(InputError, match='1 instance labels of images missing in .*labels: a.png; for the first looked '
+                                         'for a, a_label, .* with .png .*; saw other.png'):
+        find_labels(images, tmp_path / 'labels')
+
+
+def test_images_and_labels_in_one_folder_is_one_line(tmp_path):
+    save(tmp_path / 'both/a.png', IMAGE)
+    save(tmp_path / 'both/a_masks.png', INSTANCES)
+    with pytest.raises(InputError, match='images and labels are both in .*both; move the labels into a folder'):
+        find_labels(list_images(tmp_path / 'both'), tmp_path / 'both')
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Three images whose names have an accent, decomposed as macOS writes it, and labels with composed names."""
+    for i in range(3):
+        name = unicodedata.normalize('NFD', f'Färbung_{i}')
+        image, label = nuclei(i, 64, 64)
+        save(tmp_path / f'images/{name}.png', image)
+        save(tmp_path / f'labels/{unicodedata.normalize("NFC", name)}.png', label.astype(np.uint16))
+    return tmp_path
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+@pytest.mark.parametrize('ending', ['', '.png'])
+def test_split_files_as_editors_write_them_and_names_in_either_unicode_form(own, encoding, ending):
+    split = {part: [unicodedata.normalize('NFC', f'Färbung_{i}{ending}')]
+             for i, part in enumerate(('train', 'val', 'test'))}
+    (own / 'split.json').write_text(json.dumps(split, ensure_ascii=False), encoding=encoding)
+    prepare(['--like', 'MultiOrgan', '--img-dir', str(own / 'images'), '--label-dir', str(own / 'labels'), '--data-dir',
+             str(own / 'out'), '--split', str(own / 'split.json'), '--patch-size', '48'])
+    assert [len(list((own / 'out/images' / part).iterdir())) for part in ('train', 'test_same')] == [4, 1]
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(own, monkeypatch):
+    monkeypatch.setenv('HOME', str(own))
+    monkeypatch.chdir(own)
+    prepare(['--like', 'MultiOrgan', '--img-dir=~/images', '--label-dir', '~/labels', '--data-dir=~/out',
+             '--patch-size', '48', '--fractions', '0.5', '0.5', '0'])
+    weight_map(['--label-dir=~/labels', '--save-dir', '~/weights'])
+    assert (own / 'out/mean_std.npy').is_file() and len(list((own / 'weights').iterdir())) == 3
+    assert not Path('~').exists()
