@@ -148,6 +148,7 @@ PREPARE = dict(
                         at_least=0.01, below=1),
     seed=Option(2019, int, 'seed of a split that is drawn', at_least=0, below=2 ** 63),
     binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
+    xml_layers=Option((), tuple, 'layers of the annotation XML to draw; all if none is named', many=True),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
     workers=Option(1, int, 'processes that prepare images at the same time', at_least=1),

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 from scipy import ndimage
 from skimage.color import lab2rgb, rgb2lab
-from skimage.draw import polygon
+from skimage.draw import ellipse, polygon
 from tqdm import tqdm
 
 from options import Options
@@ -42,30 +42,77 @@ PATCH_SIZE = 250                                                     # pixels, a
 # ---------------------------------------------------------------------------------------------------
 
 
-def instance_label_from_xml(xml_path, height, width):
-    """Draw the regions of an Aperio ImageScope annotation (MoNuSeg's XML) as an instance label.
+def instance_label_from_xml(xml_path, height, width, layers=()):
+    """Draw the regions of an Aperio ImageScope annotation (MoNuSeg's XML), or a HALO one, as an instance label.
 
-    Returns int32 (height, width): 0 = background, else the region's position in the document counted from 1 (not its
-    Id). A pixel in several regions belongs to the first of them. A region of fewer than 3 vertices is skipped, keeps
-    its number, and is counted in a note. Vertices may lie outside the image. Raises InputError for a file that is not
-    ImageScope XML, has a DTD (and so might have entities), no region, or a coordinate that is not a finite number.
+    layers: names of the annotation layers to draw; all if empty. Returns int32 (height, width): 0 = background, else
+    the region's position in the document counted from 1 (not its Id). A pixel in several regions belongs to the first
+    of them. A negative region is a hole in the region that it overlaps most. Vertices may lie outside the image.
+    Regions that get no pixel keep their numbers and are counted in a note. Raises InputError for a file that is no such
+    XML, has a DTD (and so might have entities), no region or none with a pixel, or a coordinate that is not a finite
+    number.
     """
-    regions = read_xml_regions(xml_path)
-    instances = np.zeros((height, width), np.int32)
-    for number, vertices in reversed(list(enumerate(regions, 1))):       # the first region is drawn last and stays
-        if len(vertices) >= 3:
-            # Coordinates are 1-based pixel centres. The two small shifts settle pixels that lie exactly on an edge
-            # nearly as MATLAB's poly2mask does. No image reaches 1e9 pixels; the clip keeps integers from overflowing.
-            x, y = np.clip(np.array(vertices), -1e9, 1e9).T - 1
-            instances[polygon(y + 1e-6, x + 2e-6, instances.shape)] = number
-    skipped = sum(len(vertices) < 3 for vertices in regions)
-    if skipped:
-        note(f'{Path(xml_path).name}: {skipped} of {len(regions)} regions have fewer than 3 vertices and were skipped')
+    shape, name, regions = (height, width), Path(xml_path).name, read_xml_regions(xml_path)
+    found = list(dict.fromkeys(region.layer for region in regions))
+    if unknown := [layer for layer in layers if layer not in found]:
+        raise InputError(f"{xml_path} has no layer '{unknown[0]}'; its layers are {', '.join(found)}")
+    if len(found) > 1 and not layers:
+        note(f'{name}: the regions of its layers {", ".join(found)} are all drawn; --xml-layers chooses')
+    chosen = [(k, region) for k, region in enumerate(regions, 1) if not layers or region.layer in layers]
+    objects = {k: region for k, region in chosen if not region.negative}
+    holes = {}                                                           # number of an object -> bool (H, W)
+    for hole in [region for _, region in chosen if region.negative and objects]:
+        in_hole = np.zeros(shape, bool)
+        in_hole[_pixels_of_region(hole, shape)] = True
+        number = max(objects, key=lambda k: np.count_nonzero(in_hole[_pixels_of_region(objects[k], shape)]))
+        holes[number] = holes.get(number, False) | in_hole
+
+    instances = np.zeros(shape, np.int32)
+    for number, region in reversed(objects.items()):                     # the first region is drawn last and stays
+        rows, columns = _pixels_of_region(region, shape)
+        if number in holes:
+            keep = ~holes[number][rows, columns]
+            rows, columns = rows[keep], columns[keep]
+        instances[rows, columns] = number
+    lost = len(objects) - np.count_nonzero(np.unique(instances))
+    if lost == len(objects):
+        raise InputError(f'{xml_path}: none of its {len(objects)} regions has a pixel in the image of {width} x '
+                         f'{height}; the annotation may be of another image, or of another resolution')
+    if lost:
+        note(f'{name}: {lost} of {len(objects)} regions have no pixel of their own: they have too few vertices, lie '
+             f'outside the image or are hidden under an earlier region')
     return instances
 
 
+class Region(NamedTuple):
+    """A region of an annotation. vertices: list of (X, Y). kind: its Type, in ImageScope a number, in HALO a word."""
+    vertices: list
+    kind: str
+    negative: bool
+    layer: str
+
+
+def _pixels_of_region(region, shape):
+    """(rows, columns) of the pixels in a region."""
+    if not region.vertices:
+        return np.zeros((2, 0), int)
+    # Coordinates are 1-based pixel centres. No image reaches 1e9 pixels; the clip keeps integers from overflowing.
+    x, y = np.clip(np.array(region.vertices), -1e9, 1e9).T - 1
+    if region.kind in ('2', 'Ellipse'):                                  # the vertices span its bounding box
+        radii = (np.ptp(y) / 2, np.ptp(x) / 2)
+        if max(radii) > 4 * max(shape):
+            return polygon(y, x, shape)
+        return ellipse((y.min() + y.max()) / 2, (x.min() + x.max()) / 2, *radii, shape)
+    if region.kind in ('1', 'Rectangle') and len(x) == 2:
+        x, y = x[[0, 1, 1, 0]], y[[0, 0, 1, 1]]
+    if len(x) < 3:
+        return np.zeros((2, 0), int)
+    # the two small shifts settle pixels that lie exactly on an edge nearly as MATLAB's poly2mask does
+    return polygon(y + 1e-6, x + 2e-6, shape)
+
+
 def read_xml_regions(xml_path):
-    """The (X, Y) vertices of each region of an ImageScope XML in document order: list of lists of float pairs."""
+    """The Regions of an ImageScope or HALO XML, in document order."""
     class WithoutDoctype(ElementTree.TreeBuilder):
         def doctype(self, *_):                                    # called before any entity is expanded
             raise InputError(f'{xml_path} has a document type declaration (DTD), which could define entities; '
@@ -81,8 +128,13 @@ def read_xml_regions(xml_path):
     if root.tag != 'Annotations':
         raise InputError(f'{xml_path} is not an ImageScope annotation: expected Annotations/Annotation/Regions/'
                          f'Region/Vertices/Vertex, found the root element {root.tag}')
-    regions = [[_coordinates(vertex, xml_path, number) for vertex in region.findall('Vertices/Vertex')]
-               for number, region in enumerate(root.findall('Annotation/Regions/Region'), 1)]
+    regions = []
+    for position, annotation in enumerate(root.findall('Annotation'), 1):
+        layer = annotation.get('Name') or str(position)
+        for region in annotation.findall('Regions/Region'):
+            vertices = [*region.findall('Vertices/Vertex'), *region.findall('Vertices/V')]              # V: HALO
+            regions.append(Region([_coordinates(vertex, xml_path, len(regions) + 1) for vertex in vertices],
+                                  region.get('Type', ''), region.get('NegativeROA') == '1', layer))
     if not regions:
         raise InputError(f'{xml_path} holds no region; expected at least one in Annotations/Annotation/Regions')
     return regions
@@ -316,6 +368,7 @@ class Settings(NamedTuple):
     ternary_radius: int
     patch_size: int
     binary_labels: bool
+    xml_layers: tuple
     scale_16bit: tuple | None
     max_megapixels: float
     normalizer: Reinhard_normalizer | None      # fitted, or None: colours stay as they are
@@ -333,7 +386,8 @@ def prepare(dataset, options):
     refuse_data_dir(options)
     sources = find_sources(dataset, options)
     settings = Settings(dataset, options['sigma'], options['w0'], options['ternary_radius'], options['patch_size'],
-                        options['binary_labels'], options['scale_16bit'], options['max_megapixels'],
+                        options['binary_labels'], options['xml_layers'], options['scale_16bit'],
+                        options['max_megapixels'],
                         fit_anchor(sources, options))
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         planned_files(dataset, source, *image_size(source.image, settings.max_megapixels), settings.patch_size)
@@ -399,7 +453,7 @@ def prepare_image(source, folder, settings):
 def read_instances(path, shape, settings):
     """The instance label of an image of this (H, W), int32, read or drawn from its annotation."""
     if path.suffix.lower() == '.xml':
-        return instance_label_from_xml(path, *shape)
+        return instance_label_from_xml(path, *shape, settings.xml_layers)
     return read_instance_label(path, shape, settings.binary_labels, settings.max_megapixels)
 
 

@@ -405,8 +405,8 @@ def _instances_of(label, path, binary_labels):
 
     With binary_labels the 8-connected components of the foreground: of what is above 0, or, where the largest value is
     over 16, of what has at least half of it, since masks that were resized or were JPEGs have values in between. What
-    looks like an instance label stays one: most of its pixels have a value that is in one piece, and few values have
-    but a few pixels, as the grey edges of a mask do.
+    looks like an instance label stays one: at most one of its values, or less than half of its pixels, are in several
+    pieces, and the largest of many values does not have most of the pixels, as in a mask of one object with grey edges.
     """
     values, areas = np.unique(label, return_counts=True)
     values, areas = values[values > 0], areas[values > 0]
@@ -417,7 +417,9 @@ def _instances_of(label, path, binary_labels):
     pieces = measure.label(label, background=0, connectivity=2)
     value_of_piece = label.ravel()[np.unique(pieces, return_index=True)[1]]
     in_pieces = np.isin(values, [value for value, n in Counter(value_of_piece.tolist()).items() if n > 1])
-    is_instance_label = n_values > 1 and areas[in_pieces].sum() < areas.sum() / 2 and np.median(areas) > 4
+    half_of_all = areas.sum() / 2
+    in_many_pieces = in_pieces.sum() > 1 and areas[in_pieces].sum() >= half_of_all
+    is_instance_label = n_values > 1 and not in_many_pieces and not (n_values > 16 and areas[-1] > half_of_all)
     if binary_labels and is_instance_label:
         note(f'{path.name}: its {n_values} values look like one id per object and are kept, in spite of '
              f'--binary-labels')

@@ -64,7 +64,8 @@ def a_word_for(name, option):
     special = {'dilations': '1 2', 'gpu': 'cpu', 'tta': 'flips', 'scale_16bit': '0 4095', 'n_layers': '4',
                'input_size': '160', 'patch_size': '160', 'lr_schedule': 'cosine', 'name': 'FCN_pooling',
                'layer_type': 'bottleneck', 'val_fraction': '0.4', 'epoch': '7',
-               'fractions': '0.5 0.3 0.2', 'others': 'val', 'workers': '3'}
+               'fractions': '0.5 0.3 0.2', 'others': 'val', 'workers': '3',
+               'xml_layers': 'nuclei'}
     if name in special:
         return special[name]
     default = option.default[0] if isinstance(option.default, tuple) else option.default

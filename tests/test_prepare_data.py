@@ -153,8 +153,8 @@ def test_xml_coordinates_are_one_based_pixel_centres(label_of):
 
 def test_xml_first_region_wins_and_ids_are_positions(label_of):
     first, line, third = rectangle(1.5, 1.5, 10.5, 10.5), [(3, 3), (9, 9)], rectangle(5.5, 5.5, 15.5, 15.5)
-    with pytest.warns(UserWarning, match='a.xml: 1 of 3 regions have fewer than 3 vertices and were skipped'):
-        label = label_of(annotation_xml([first, line], [third]))
+    with pytest.warns(UserWarning, match='a.xml: 1 of 3 regions have no pixel of their own: they have too few'):
+        label = label_of(annotation_xml([first, line, third]))
     assert np.unique(label).tolist() == [0, 1, 3]
     assert (label == 1).sum() == 81 and (label == 3).sum() == 100 - 25
     assert label[6, 6] == 1
@@ -166,6 +166,62 @@ def test_xml_vertices_may_lie_outside_the_image(label_of):
     expected = np.zeros((20, 30), int)
     expected[:3, :5], expected[10:, 20:] = 1, 3
     assert np.array_equal(label, expected)
+
+
+def region_xml(vertices, kind='0', negative='0', tag='Vertex'):
+    inner = ''.join(f'<{tag} X="{x}" Y="{y}"/>' for x, y in vertices)
+    return f'<Region Type="{kind}" NegativeROA="{negative}"><Vertices>{inner}</Vertices></Region>'
+
+
+def layers_xml(**layers):
+    inner = ''.join(f'<Annotation Name="{name}"><Regions>{"".join(regions)}</Regions></Annotation>'
+                    for name, regions in layers.items())
+    return f'<Annotations>{inner}</Annotations>'
+
+
+def test_xml_negative_regions_are_holes_wherever_they_stand(label_of):
+    outline, hole = region_xml(rectangle(1.5, 1.5, 15.5, 15.5)), region_xml(rectangle(4.5, 4.5, 9.5, 9.5), negative='1')
+    inside = region_xml(rectangle(5.5, 5.5, 7.5, 7.5))                         # an object in the hole stays
+    expected = np.zeros((20, 30), bool)
+    expected[1:15, 1:15] = True
+    expected[4:9, 4:9] = False
+    for order, number in (([outline, hole, inside], 1), ([hole, outline, inside], 2)):
+        label = label_of(layers_xml(nuclei=order))
+        assert np.array_equal(label == number, expected) and (label == 3).sum() == 4
+        assert np.unique(label).tolist() == [0, number, 3]
+
+
+@pytest.mark.parametrize('kind', ['2', 'Ellipse'])
+def test_xml_ellipses_are_drawn_as_ellipses(label_of, kind):
+    for vertices in ([(3, 2), (23, 14)], rectangle(3, 2, 23, 14)):             # corners, or all four of them
+        label = label_of(layers_xml(nuclei=[region_xml(vertices, kind)]))
+        y, x = np.mgrid[1:21, 1:31]
+        assert np.array_equal(label == 1, ((y - 8) / 6) ** 2 + ((x - 13) / 10) ** 2 < 1)
+
+
+def test_xml_of_halo_has_v_elements_and_rectangles_of_two_corners(label_of):
+    label = label_of(layers_xml(nuclei=[region_xml(rectangle(1.5, 1.5, 4.5, 4.5), 'Polygon', tag='V'),
+                                        region_xml([(6.5, 6.5), (10.5, 12.5)], 'Rectangle', tag='V')]))
+    assert (label == 1).sum() == 9 and (label == 2).sum() == 24
+
+
+def test_xml_layers_are_named_and_chosen(label_of, tmp_path):
+    text = layers_xml(nuclei=[region_xml(rectangle(1.5, 1.5, 4.5, 4.5))], tissue=[region_xml(rectangle(0, 0, 30, 20))])
+    with pytest.warns(UserWarning, match='a.xml: the regions of its layers nuclei, tissue are all drawn; --xml-layers'):
+        assert np.unique(label_of(text)).tolist() == [1, 2]
+    label = instance_label_from_xml(tmp_path / 'a.xml', 20, 30, ('nuclei',))
+    assert (label == 1).sum() == 9 and label.max() == 1
+    with pytest.raises(InputError, match="a.xml has no layer 'cells'; its layers are nuclei, tissue"):
+        instance_label_from_xml(tmp_path / 'a.xml', 20, 30, ('cells',))
+
+
+def test_xml_regions_without_a_pixel_are_counted_and_a_file_of_only_such_is_refused(label_of):
+    outside, hidden = rectangle(100, 100, 200, 200), rectangle(2.5, 2.5, 4.5, 4.5)
+    with pytest.warns(UserWarning, match='a.xml: 2 of 3 regions have no pixel of their own: .* outside the image'):
+        label = label_of(annotation_xml([rectangle(1.5, 1.5, 9.5, 9.5), outside, hidden]))
+    assert np.unique(label).tolist() == [0, 1]
+    with pytest.raises(InputError, match='a.xml: none of its 2 regions has a pixel in the image of 30 x 20; .*other'):
+        label_of(annotation_xml([outside, [(3, 3), (9, 9)]]))
 
 
 def test_xml_in_utf16_is_read(label_of):
@@ -1046,7 +1102,7 @@ def test_published_glas_data():
 
 
 @needs_real_data
-@pytest.mark.filterwarnings('ignore:.*fewer than 3 vertices')
+@pytest.mark.filterwarnings('ignore:.*no pixel of their own')
 def test_annotations_give_the_authors_labels():
     differences = []
     for path in sorted((REAL / 'MultiOrgan/original/annotations').glob('*.xml')):
