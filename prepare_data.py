@@ -28,8 +28,8 @@ from support.data_sets import (PUBLISHED_ANCHOR, anchor_path, count_grades, coun
                                refuse_data_dir, report_text, write_report)
 from support.devices import in_processes
 from support.files import atomic_path, new_folder, save_image, save_instances
-from support.images import (decode, image_size, labels_by_name, list_images, open_image, read_image,
-                            read_instance_label, refuse_same_folder)
+from support.images import (GEOJSON_EXTENSIONS, decode, image_size, labels_by_name, list_images, open_image, read_image,
+                            read_instance_label, read_json, refuse_same_folder)
 from support.pictures import CONTACT_SHEET_IMAGES, preview, save_contact_sheets
 from support.script import InputError, note, run_script
 from weight_map import encode_weight_map, weight_map
@@ -149,6 +149,69 @@ def _coordinates(vertex, xml_path, number):
         pass
     raise InputError(f'{xml_path}, region {number}: expected vertices with finite numbers X and Y, found '
                      f'{str(vertex.attrib)[:80]}')
+
+
+def instance_label_from_geojson(path, height, width):
+    """Draw the polygons of QuPath's GeoJSON (`.geojson`, `.json`, `.gz`) as an instance label, int32 (height, width).
+
+    0 = background, else the measurement `id` of the feature where every one has its own, as those of export_geojson.py
+    have, or else its position in the file counted from 1. A pixel belongs to a polygon that its centre lies in, and to
+    the first of several. Coordinates are pixels, (0, 0) the outer corner of the first one. Features that are no polygon
+    or get no pixel are counted in a note. Raises InputError for another file, and if no polygon has a pixel.
+    """
+    polygons = read_geojson_polygons(path)
+    instances = np.zeros((height, width), np.int32)
+    for number, parts in reversed(polygons):                             # the first one is drawn last and stays
+        for rings in parts:
+            rings = [np.clip(np.array(ring, float)[:, :2], -1e9, 1e9) for ring in rings]
+            left, top = np.clip(np.floor(rings[0].min(0)), 0, (width, height)).astype(int)
+            right, bottom = np.clip(np.ceil(rings[0].max(0)), 0, (width, height)).astype(int)
+            inside = np.zeros((bottom - top, right - left), bool)        # of the box around the outer ring
+            for ring in rings if inside.size else ():                    # a ring within another is a hole
+                x, y = ring.T - 0.5
+                rows, columns = polygon(y - top, x - left, inside.shape)
+                inside[rows, columns] ^= True
+            instances[top:bottom, left:right][inside] = number
+    lost = len(polygons) - np.count_nonzero(np.unique(instances))
+    if lost == len(polygons):
+        raise InputError(f'{path}: none of its {len(polygons)} polygons has a pixel in the image of {width} x '
+                         f'{height}; they may be of another image, or of another resolution')
+    if lost:
+        note(f'{Path(path).name}: {lost} of {len(polygons)} polygons have no pixel of their own: they lie outside the '
+             f'image or are hidden under an earlier one')
+    return instances
+
+
+def read_geojson_polygons(path):
+    """[(number, [[ring, ...] for each part])] of the polygons in a GeoJSON file; a ring is a list of [x, y]."""
+    collection = read_json(path)
+    features = collection.get('features', [collection]) if isinstance(collection, dict) else collection
+    polygons, numbers, others = [], [], 0
+    try:
+        for feature in features:
+            geometry = feature.get('geometry') or {}
+            parts = {'Polygon': lambda c: [c], 'MultiPolygon': list}.get(geometry.get('type'))
+            if parts is None:
+                others += 1
+                continue
+            parts = parts(geometry['coordinates'])
+            for ring in itertools.chain.from_iterable(parts):
+                if len(ring) < 3 or not np.isfinite(np.array(ring, float)[:, :2]).all():
+                    raise ValueError
+            polygons.append(parts)
+            measurements = (feature.get('properties') or {}).get('measurements')
+            numbers.append(measurements.get('id') if isinstance(measurements, dict) else None)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise InputError(f'{path}, feature {len(polygons) + others + 1}: expected a GeoJSON feature with a geometry of '
+                         f'finite coordinates') from None
+    if not polygons:
+        raise InputError(f'{path} holds no polygon; expected a GeoJSON FeatureCollection, as QuPath exports it')
+    if others:
+        note(f'{Path(path).name}: {others} features are no polygons and were skipped')
+    whole = all(isinstance(number, int) and 0 < number < 2 ** 31 for number in numbers)
+    if not whole or len(set(numbers)) < len(numbers):
+        numbers = range(1, len(polygons) + 1)
+    return list(zip(numbers, polygons))
 
 
 def create_instance_labels(xml_dir, image_dir, save_dir):
@@ -454,6 +517,8 @@ def read_instances(path, shape, settings):
     """The instance label of an image of this (H, W), int32, read or drawn from its annotation."""
     if path.suffix.lower() == '.xml':
         return instance_label_from_xml(path, *shape, settings.xml_layers)
+    if path.suffix.lower() in GEOJSON_EXTENSIONS:
+        return instance_label_from_geojson(path, *shape)
     return read_instance_label(path, shape, settings.binary_labels, settings.max_megapixels)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from skimage.measure import label as connected_regions
 
 from support.files import write_text
-from support.images import (IMAGE_EXTENSIONS, LABEL_EXTENSIONS, composed, find_labels, labels_by_name, list_images,
-                            missing_files_message)
+from support.images import (GEOJSON_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS, composed, find_labels,
+                            labels_by_name, list_images, missing_files_message, read_json)
 from support.script import InputError, note
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -93,13 +93,9 @@ def _read_split(path, allowed):
     """{split: [names]} from a JSON file, checked. allowed: names of splits, train and val first."""
     expected = f'expected a JSON object of lists of names: train, val and, if there are, {", ".join(allowed[2:])}'
     try:
-        content = path.read_bytes()
-        utf16 = content[:2] in (b'\xff\xfe', b'\xfe\xff')                # as PowerShell writes it
-        split = json.loads(content.decode('utf-16' if utf16 else 'utf-8-sig'))
-    except FileNotFoundError:
-        raise InputError(f'no such file: {path}; {expected}') from None
-    except ValueError as error:
-        raise InputError(f'{path} is not JSON ({error}); {expected}') from None
+        split = read_json(path)
+    except InputError as error:
+        raise InputError(f'{error}; {expected}') from None
     if not (isinstance(split, dict) and all(isinstance(group, list) for group in split.values())):
         raise InputError(f'{path}: {expected}')
     names = [name for group in split.values() for name in group]
@@ -185,8 +181,13 @@ def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
     dataset: whose layout, metrics and sizes to use; the test images become its first test set.
     """
     images = list_images(img_dir)
-    labels = find_labels(images, label_dir, (*LABEL_EXTENSIONS, '.xml'))
-    unmatched = sorted(set(list_images(label_dir, (*LABEL_EXTENSIONS, '.xml'))) - set(labels))
+    # JSON of other kinds may lie beside masks: it is read only where there is nothing else
+    extensions = (*LABEL_EXTENSIONS, '.xml', '.geojson')
+    seen = {path.suffix.lower() for path in Path(label_dir).iterdir()} if Path(label_dir).is_dir() else set()
+    if not seen & set(extensions) and seen & set(GEOJSON_EXTENSIONS):
+        extensions = GEOJSON_EXTENSIONS
+    labels = find_labels(images, label_dir, extensions)
+    unmatched = sorted(set(list_images(label_dir, extensions)) - set(labels))
     if unmatched:
         raise InputError(missing_files_message('images of instance labels', [path.name for path in unmatched], img_dir))
     test_sets = {'MultiOrgan': ('test_same', 'test_diff'), 'GlaS': ('testA', 'testB')}[dataset]

@@ -1,5 +1,7 @@
 """Reading images and instance labels, and folders of them."""
+import gzip
 import io
+import json
 import logging
 import struct
 import unicodedata
@@ -19,6 +21,7 @@ from support.script import InputError, check_name, note
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
 LABEL_ENDINGS = ('', '_label', '_anno', '_labels', '_mask', '_masks', '_cp_masks', '-labelled', '_GT')   # behind a name
+GEOJSON_EXTENSIONS = ('.geojson', '.json', '.gz')
 LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
 WHOLE_SLIDE_EXTENSIONS = ('.svs', '.ndpi', '.mrxs', '.scn', '.vsi', '.czi', '.bif', '.vms')
 WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for instance with QuPath (File > Export images)'
@@ -72,7 +75,8 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
     """
     if images and Path(label_dir).resolve() == images[0].resolve().parent:
         raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
-    files = {composed(p.stem): p for p in list_images(label_dir, extensions)}
+    files = {composed(p.name.removesuffix('.gz').rpartition('.')[0] if p.suffix == '.gz' else p.stem): p
+             for p in list_images(label_dir, extensions)}
     labels = [[files[composed(path.stem) + ending] for ending in LABEL_ENDINGS if composed(path.stem) + ending in files]
               for path in images]
     missing = [path.name for path, found in zip(images, labels) if not found]
@@ -449,6 +453,25 @@ def load_npy(path):
         return np.array(np.lib.format.open_memmap(path, mode='r'))     # mapped: a damaged shape allocates nothing
     except Exception as error:       # a damaged header raises almost anything
         raise InputError(f'{path} is not a plain NumPy array ({" ".join(str(error).split())[:200]})') from error
+
+
+def read_json(path, at_most=2 ** 30):
+    """The contents of a JSON file, in UTF-8 or UTF-16, with a byte order mark or without, packed with gzip or not.
+
+    at_most: bytes, unpacked. Raises InputError.
+    """
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
+            content = file.read(at_most + 1)
+        if len(content) > at_most:
+            raise InputError(f'{path} is more than {at_most // 2 ** 20} MB unpacked; expected less: split it')
+        return json.loads(content.decode('utf-16' if content[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'))
+    except FileNotFoundError:
+        raise InputError(f'no such file: {path}') from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise damaged(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'{path} is not JSON ({str(error)[:100]})') from None
 
 
 def _load_mat(path):

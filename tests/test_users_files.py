@@ -1,4 +1,5 @@
 """What users' tools write: masks, class maps, stacks, names, TIFFs of unusual kinds, paths with `~`."""
+import gzip
 import json
 import unicodedata
 import warnings
@@ -11,8 +12,10 @@ from miniature import nuclei
 from PIL import Image
 from scipy import ndimage
 
+from prepare_data import instance_label_from_geojson
 from prepare_data import main as prepare
-from support.images import find_labels, list_images, read_image, read_instance_label
+from scripts import export_geojson
+from support.images import find_labels, list_images, read_image, read_instance_label, read_json
 from support.script import InputError
 from weight_map import main as weight_map
 
@@ -106,6 +109,87 @@ def test_other_stacks_are_named_by_their_shape(tmp_path, shape):
     with pytest.raises(InputError) as refused:
         read_instance_label(save(tmp_path / 'x.npy', np.zeros(shape, np.int32)))
     assert f'has shape {shape}; expected a label of shape (height, width)' in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# GeoJSON
+# ---------------------------------------------------------------------------------------------------
+
+def touching_label():
+    """Objects that touch, with a hole, in several parts, at the border, with gaps in the ids."""
+    label = np.zeros((40, 50), np.int32)
+    label[0:10, 0:10], label[0:10, 10:20], label[10:12, 5:15] = 7, 3, 12
+    label[20:35, 20:40], label[25:30, 25:30], label[27, 27] = 5, 0, 9
+    label[38:, 45:], label[37, 44] = 20, 20                                    # joined by a corner
+    label[np.random.default_rng(0).random(label.shape) < 0.1] = 30
+    return label
+
+
+@pytest.mark.parametrize('ending', ['.geojson', '.json', '.geojson.gz'])
+def test_label_to_geojson_to_label_is_exact(tmp_path, ending):
+    label = touching_label()
+    export_geojson.write_geojson(tmp_path / f'a{ending}', export_geojson.features(label, 'a'))
+    assert np.array_equal(instance_label_from_geojson(tmp_path / f'a{ending}', *label.shape), label)
+
+
+def feature(kind, coordinates, **properties):
+    return {'type': 'Feature', 'geometry': {'type': kind, 'coordinates': coordinates}, 'properties': properties}
+
+
+def square(left, top, right, bottom):
+    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+
+
+def test_geojson_of_qupath(tmp_path):
+    """Annotations and detections, holes, several parts; the first of two wins; points are counted."""
+    hole, first = square(4, 4, 6, 6), square(1, 1, 9, 9)
+    features = [feature('Polygon', [first, hole], objectType='annotation'),
+                feature('Point', [3, 3]), feature('MultiPolygon', [[square(8, 8, 12, 12)], [square(20, 2, 22.4, 4)]],
+                                                  objectType='detection')]
+    (tmp_path / 'a.geojson').write_text(json.dumps({'type': 'FeatureCollection', 'features': features}))
+    with pytest.warns(UserWarning, match='a.geojson: 1 features are no polygons and were skipped'):
+        label = instance_label_from_geojson(tmp_path / 'a.geojson', 20, 30)
+    expected = np.zeros((20, 30), int)
+    expected[8:12, 8:12], expected[2:4, 20:22] = 2, 2
+    expected[1:9, 1:9] = 1
+    expected[4:6, 4:6] = 0
+    assert np.array_equal(label, expected)
+    (tmp_path / 'a.json').write_text(json.dumps(features[:1]))                 # as older versions write it
+    assert (instance_label_from_geojson(tmp_path / 'a.json', 20, 30) == 1).sum() == 60
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{"type": "FeatureCollection", "features": []}', 'a.json holds no polygon; expected a GeoJSON FeatureCollection'),
+    ('{"train": ["a"]}', 'a.json holds no polygon'), ('[1]', 'a.json, feature 1: expected a GeoJSON feature'),
+    ('[', 'a.json is not JSON'),
+    ('[' * 100_000, 'a.json is not JSON'),
+    (json.dumps([feature('Polygon', [[[0, 0], [1, float('nan')], [2, 2]]])]), 'feature 1: .* finite coordinates'),
+    (json.dumps([feature('Polygon', [square(50, 50, 60, 60)])]), 'none of its 1 polygons has a pixel in the image'),
+])
+def test_geojson_that_holds_no_label(tmp_path, content, message):
+    (tmp_path / 'a.json').write_text(content)
+    with pytest.raises(InputError, match=message):
+        instance_label_from_geojson(tmp_path / 'a.json', 20, 30)
+
+
+def test_what_a_packed_file_unpacks_to_is_bounded(tmp_path):
+    with gzip.open(tmp_path / 'a.json.gz', 'wb') as file:
+        file.write(b' ' * 3_000_000)
+    with pytest.raises(InputError, match='a.json.gz is more than 1 MB unpacked'):
+        read_json(tmp_path / 'a.json.gz', at_most=2 ** 20)
+
+
+@pytest.mark.parametrize('ending', ['.geojson', '.geojson.gz', '_masks.json'])
+def test_geojson_is_prepared_as_labels(tmp_path, ending):
+    for i in range(3):
+        image, label = nuclei(i, 64, 64)
+        save(tmp_path / f'images/x{i}.png', image)
+        export_geojson.write_geojson(tmp_path / f'labels/x{i}{ending}', export_geojson.features(label, 'a'))
+    prepare(['--like', 'MultiOrgan', '--img-dir', str(tmp_path / 'images'), '--label-dir', str(tmp_path / 'labels'),
+             '--data-dir', str(tmp_path / 'out'), '--patch-size', '48', '--fractions', '0.4', '0.3', '0.3'])
+    made = {path.stem.removesuffix('_label'): path for path in (tmp_path / 'out/labels_instance').rglob('*.png')}
+    for i in range(3):
+        assert np.array_equal(np.asarray(Image.open(made[f'x{i}'])), nuclei(i, 64, 64)[1])
 
 
 # ---------------------------------------------------------------------------------------------------
