@@ -493,8 +493,9 @@ def test_an_output_folder_that_is_a_file(here, data, script, words):
 def test_output_inside_the_input_is_refused(here, script, words):
     pair(here)
     before = sorted(here.rglob('*'))
-    refused(lambda: RUN[script](here, *[word.format(here) for word in words]), str(here / 'images')
-            if 'images' in words[1] else str(here / 'labels'))
+    refused(lambda: RUN[script](here, *[word.format(here) for word in words]),
+            str(here / ('images' if 'images' in words[1] else 'labels')),
+            'would replace the raw data' if script == 'prepare' else '')
     assert sorted(here.rglob('*')) == before
 
 
