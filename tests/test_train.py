@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import test
 import train
-from miniature import SMALL, make_glas, make_multi_organ
+from miniature import SMALL, calls_of, make_glas, make_multi_organ
 from options import TRAIN, Options
 from support import checkpoints, devices, files, run_folder
 from support.checkpoints import load_checkpoint, save_checkpoint
@@ -664,18 +664,18 @@ def test_a_missing_checkpoint_is_not_a_fresh_start(data, tmp_path):
                                                 ('run_GlaS.sh', make_glas, ('testA',))])
 def test_run_scripts_train_and_test_the_sets_that_are_there(tmp_path, script, make, sets):
     folder = make(tmp_path / 'my data')
-    if len(sets) == 1:
-        shutil.rmtree(folder / 'images/testB')
-    environment = {**os.environ, 'DATA_DIR': str(folder),
-                   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
     small = [word for word in SMALL if word != 'cpu' and word != '--gpu']
     if 'GlaS' in script:                                             # the run folder as a variable, and as an option
-        words, environment['SAVE_DIR'] = ['--transform.train.scale', '44'], str(tmp_path / 'run')
+        shutil.rmtree(folder / 'images/testB')
+        words, environment = ['--transform.train.scale', '44'], {'SAVE_DIR': str(tmp_path / 'run'),
+                                                                 'DATA_DIR': str(folder)}
     else:
-        words = ['--save-dir', str(tmp_path / 'run'), '--data-dir', environment.pop('DATA_DIR')]
-    said = subprocess.run(['sh', str(ROOT / 'scripts' / script), *small, *words], env=environment, check=True,
-                          cwd=tmp_path, capture_output=True, text=True).stdout
+        words, environment = ['--save-dir', str(tmp_path / 'run'), '--data-dir', str(folder)], {}
+    calls, said = calls_of(script, tmp_path, *small, *words, **environment)
     assert (f'no {folder}/images/testB: not tested\n' in said) == (len(sets) == 1)
+    assert [call[0] for call in calls] == ['train.py'] + ['test.py'] * len(sets)
+    for call in calls:
+        {'train.py': train.main, 'test.py': test.main}[call[0]](call[1:])
     for name in sets:
         table = (tmp_path / 'run' / 'best' / f'{name}_test_result.txt').read_text()
         assert table.startswith('Metrics:\tpixel_acc') and '\nAverage:\t' in table
