@@ -235,17 +235,12 @@ def test_pixel_results_are_those_of_the_arrays():
     assert [value.item() for value in train.pixel_results(logits, target)] == pytest.approx(expected, abs=1e-6)
 
 
-def test_workers_gpu_and_data_dir_reach_what_runs(data, tmp_path, monkeypatch):
+def test_workers_reach_the_loader(data, tmp_path, monkeypatch):
     asked = []
     loader = train.DataLoader
     monkeypatch.setattr(train, 'DataLoader', lambda *a, **k: (asked.append(k['num_workers']), loader(*a, **k))[1])
     run(data, tmp_path / 'a', '--workers', '1')
     assert asked[0] == 1
-    with pytest.raises(InputError, match='--gpu asks for GPU 99'):
-        run(data, tmp_path / 'b', '--gpu', '99,')
-    with pytest.raises(InputError, match='no .*nowhere.mean_std.npy; prepare_data.py writes it'):
-        run(tmp_path / 'nowhere', tmp_path / 'b')
-    assert not (tmp_path / 'b').exists()
 
 
 def test_init_from_starts_from_other_weights(base, data, tmp_path):
@@ -383,8 +378,7 @@ class Stop(Exception):
     """Ends a run as abruptly as a crash would."""
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
-@pytest.mark.parametrize('steps', [3, 4])
+@pytest.mark.parametrize('workers, steps', [('0', 3), ('0', 4), ('2', 3)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, workers, steps):
     """4 epochs of 2 steps, against a crash after 3 or 4 steps and a resume: weights, averages, optimizer, results."""
     options = [*FOUR_EPOCHS, '--workers', workers, '--checkpoint-minutes', '0']
@@ -489,9 +483,6 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
     with pytest.raises(InputError, match='--init-from and --checkpoint-path both give weights'):
         run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'), '--init-from',
             str(base[2] / 'checkpoints/checkpoint.pth.tar'))
-    torch.save({**published, 'optimizer': {}}, tmp_path / 'published.pth.tar')
-    with pytest.raises(InputError, match='holds no optimizer state, .* with --init-from'):
-        run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'))
 
 
 def test_weights_that_come_with_the_code_are_not_resumed(base, tmp_path):
@@ -542,23 +533,6 @@ def test_python_ends_after_an_error_that_leaves_a_loader_process(data, tmp_path)
     done = subprocess.run([sys.executable, '-c', code, *words], env={**os.environ, 'PYTHONPATH': str(ROOT)},
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, ['1'])
-
-
-def test_kill_leaves_a_checkpoint_that_can_be_resumed(data, tmp_path):
-    path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
-    words = [*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--epochs', '10000',
-             '--checkpoint-minutes', '0']
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *words], stderr=subprocess.DEVNULL)
-        wait_for(path, process)
-        time.sleep(rng.uniform(0, 1))
-        process.kill()
-        process.wait()
-        step = load_checkpoint(path)['step']
-        words = ['--checkpoint-path', str(path)]
-    train.main([*words, '--epochs', str(step // 2 + 2)])
-    assert load_checkpoint(path)['epoch'] == step // 2 + 2
 
 
 @pytest.mark.parametrize('kind, said', [(torch.OutOfMemoryError, 'CUDA out of memory. Tried to allocate 2.00 GiB.'),
@@ -619,11 +593,9 @@ def test_crops_larger_than_the_images(data, tmp_path):
 
 
 def test_images_of_different_sizes_need_a_crop(data, tmp_path):
-    message = r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'
-    for workers in ('0', '1'):
-        with pytest.raises(InputError, match=message):
-            run(data, tmp_path / workers, '--transform.train.random_crop', 'none', '--workers', workers,
-                '--transform.train.random_resize', '1', '1.9', '--batch-size', '4')
+    with pytest.raises(InputError, match=r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'):
+        run(data, tmp_path / 'run', '--transform.train.random_crop', 'none', '--transform.train.random_resize', '1',
+            '1.9', '--batch-size', '4')
 
 
 def test_the_best_checkpoint_has_a_strictly_higher_iou(data, tmp_path, monkeypatch):
@@ -648,12 +620,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(data, tmp_path):
     with pytest.raises(InputError, match=r'the loss is nan in epoch 1, step 2, on train_\d.png, train_\d.png; '
                                          'nothing was saved before; try a lower --lr'):
         run(data, tmp_path / 'run', '--lr', '1e30')
-
-
-def test_a_missing_checkpoint_is_not_a_fresh_start(data, tmp_path):
-    with pytest.raises(InputError, match='no checkpoint at nothing.pth.tar'):
-        run(data, tmp_path / 'run', '--checkpoint-path', 'nothing.pth.tar')
-    assert not (tmp_path / 'run').exists()
 
 
 # ---------------------------------------------------------------------------------------------------
