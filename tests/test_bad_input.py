@@ -535,37 +535,6 @@ def test_a_name_that_is_not_utf_8(here, script):
         RUN[script](here)
 
 
-def test_links_are_followed(here, prepared):
-    pair(here / 'real')
-    (here / 'images').symlink_to(here / 'real/images')
-    (here / 'labels').mkdir()
-    for name in ('a.png', 'x.png'):
-        (here / 'labels' / name).symlink_to(Path('../real/labels') / name)
-    run_prepare(here)
-    assert len(list((here / 'out/images').glob('*/x_*.png'))) == 4
-    shutil.rmtree(here / 'out')
-    run_test(here)
-    assert (here / 'out/images_segmentation/x_seg.tiff').is_file()
-    (here / 'link').symlink_to(prepared)
-    train.main([*SMALL, '--data-dir', 'link', '--save-dir', 'run'])
-    assert Path('run/checkpoints/checkpoint.pth.tar').is_file()
-
-
-def test_hidden_files_are_skipped(here, data):
-    for folder in ('images/train', 'labels/train', 'weight_maps/train', 'images/val'):
-        put(data / folder / '.DS_Store', b'\0\1')
-        put(data / folder / '._train_0.png', b'\0\5\x16\7')
-    run_train(data)
-    shutil.rmtree(here / 'images'), shutil.rmtree(here / 'labels')
-    pair(here)
-    for folder in ('images', 'labels'):
-        put(here / folder / '.DS_Store', b'\0\1')
-        put(here / folder / '._x.png', b'\0\5\x16\7')
-    for script in ('prepare', 'test', 'weight_map'):
-        RUN[script](here)
-        shutil.rmtree(here / 'out')
-
-
 # ---------------------------------------------------------------------------------------------------
 # Files that may not be read or written
 # ---------------------------------------------------------------------------------------------------
@@ -774,15 +743,6 @@ def test_refused_options(here, prepared, script, options, words):
         pair(here)
         refused(lambda: RUN[script](here, *options), *words)
         assert not made_of(here / 'out')
-
-
-def test_odd_overlaps(here, data):
-    """Odd overlaps are fine, in testing and in training."""
-    run_train(data, '--val-overlap', '9')
-    shutil.rmtree(here / 'images'), shutil.rmtree(here / 'labels')
-    pair(here)
-    run_test(here, '--patch-size', '40', '--overlap', '13')
-    assert tifffile.imread(here / 'out/images_segmentation/x_seg.tiff').shape == (64, 64)
 
 
 def test_images_shrunk_to_nothing(data):
@@ -1049,18 +1009,6 @@ def test_weights_are_finite_and_at_most_w0(w0, sigma):
         assert np.isfinite(w).all() and w.min() >= 0 and w.max() <= w0
         stored = weight_map.encode_weight_map(w)
         assert stored.min() >= 20 and stored.max() / 20 <= w0 + 1 + 0.025        # rounded to 0.05
-
-
-@pytest.mark.parametrize('w0', [0, 1.3, 10, 11.75])
-def test_weights_are_never_above_w0_plus_1(here, w0):
-    touching = np.zeros((64, 64), np.uint8)
-    touching[10:30, 10:30], touching[10:30, 30:50], touching[31:50, 12:40] = 1, 2, 3
-    pair(here, label=touching)
-    run_prepare(here, '--w0', str(w0))
-    largest = max(pixels(path).max() for path in (here / 'out/weight_maps').glob('*/x_*.png'))
-    assert largest / 20 <= w0 + 1                      # d1 + d2 is 1 at least: on one boundary, beside the other
-    assert largest / 20 == pytest.approx(w0 * np.exp(-1 / 50) + 1, abs=0.026)
-    assert min(pixels(path).min() for path in (here / 'out/weight_maps').glob('*/*.png')) >= 20
 
 
 def test_preparing_images_of_one_colour_only(here):
