@@ -82,6 +82,11 @@ def test_first_frame_of_an_animation(tmp_path):
         assert (read_image(tmp_path / 'a.png') == PIXELS).all()
 
 
+def test_what_a_file_is_counts_and_not_its_ending(tmp_path, recwarn):
+    Image.fromarray(PIXELS).save(tmp_path / 'a.png', format='jpeg')
+    assert (read_image(tmp_path / 'a.png') == np.asarray(Image.open(tmp_path / 'a.png'))).all() and not recwarn.list
+
+
 def test_reduced_pages_of_a_pyramid_are_ignored_and_real_pages_refused(tmp_path):
     with tifffile.TiffWriter(tmp_path / 'pyramid.tif') as tiff:
         tiff.write(PIXELS, photometric='rgb')

@@ -166,8 +166,12 @@ def test_gpus_of_several_processes(monkeypatch):
         choose_device('auto', 2, 3)
 
 
-def test_a_batch_smaller_than_the_number_of_processes_is_refused(data, tmp_path):
-    error = finish(start(*TORCHRUN, ROOT / 'train.py', *SMALL, '--data-dir', data, '--save-dir', tmp_path / 'run',
-                         '--batch-size', '1'), code=1)
-    assert 'error: --batch-size is 1, for 2 processes; expected at least 2: it counts' in error
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(data, tmp_path, monkeypatch):
+    class FirstOfTwo(devices.Processes):
+        def __init__(self, gpu):
+            super().__init__(gpu)
+            self.count = 2
+    monkeypatch.setattr(train, 'Processes', FirstOfTwo)
+    with pytest.raises(InputError, match='--batch-size is 1, for 2 processes; expected at least 2: it counts'):
+        train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--batch-size', '1'])
     assert not (tmp_path / 'run').exists()
