@@ -14,7 +14,6 @@ import pickle
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ import time
 import unittest.mock
 import urllib.request
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -200,34 +198,17 @@ def saved(image, **options):
     return lambda path: image.save(path, **options)
 
 
-def cut(ending, share=0.5):
-    """A file of which only the first part arrived."""
-    file = io.BytesIO()
-    Image.fromarray(plain()[0]).save(file, ending)
-    return file.getvalue()[:int(len(file.getvalue()) * share)]
+def cut(path):
+    """A PNG of which only the first half arrived."""
+    Image.fromarray(plain()[0]).save(path)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def png(width, height, depth, colour, data=b''):
-    """A PNG written by hand: a header that says anything, depths that Pillow does not write."""
-    def chunk(kind, body):
-        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(data)) + chunk(b'IEND', b''))
-
-
-def png_16(*channels):
-    """16-bit grey (one channel) or RGB PNG of 64 x 64 pixels."""
-    rows = np.random.default_rng(0).integers(0, 4096, (64, 64, *channels)).astype('>u2')
-    return png(64, 64, 16, 2 if channels else 0, b''.join(b'\0' + row.tobytes() for row in rows))
-
-
-def turned(orientation):
-    """A JPEG with EXIF orientation."""
-    def write(path):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.fromarray(plain()[0]).save(path, quality=95, exif=exif)
-    return write
+def turned(path):
+    """A JPEG with EXIF orientation 6."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(plain()[0]).save(path, quality=95, exif=exif)
 
 
 def rgba(alpha):
@@ -235,10 +216,11 @@ def rgba(alpha):
 
 
 grey = Image.fromarray(plain()[0]).convert('L')
+
 # all that the reader refuses is in test_dataset.py
 REFUSED_IMAGES = {
-    'truncated': ('x.png', cut('png'), ['x.png is damaged or truncated', 'copy it again']),
-    '16 bits': ('x.png', png_16(3), ['x.png has 16 bits per channel, expected 8', '--scale-16bit']),
+    'truncated': ('x.png', cut, ['x.png is damaged or truncated', 'copy it again']),
+    '16 bits': ('x.png', plain()[1].astype(np.uint16), ['x.png has 16 bits per channel, expected 8', '--scale-16bit']),
     'a folder': ('x.png', lambda path: path.mkdir(), ['x.png']),
 }
 
@@ -254,7 +236,7 @@ def test_refused_images(here, script, name, content, words):
 # file name, content, what it shows (None = what is in the file, as RGB), words of the note ('' = none)
 ACCEPTED_IMAGES = {
     'RGBA, not opaque': ('x.png', saved(rgba(128)), plain()[0], 'x.png: its alpha channel is not fully opaque'),
-    'EXIF, turned by 90 degrees': ('x.jpg', turned(6), None, 'x.jpg: turned by its EXIF orientation (6)'),
+    'EXIF, turned by 90 degrees': ('x.jpg', turned, None, 'x.jpg: turned by its EXIF orientation (6)'),
     'upper-case ending': ('x.PNG', plain()[0], plain()[0], ''),
     'all black': ('x.png', np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8), ''),
 }
@@ -290,7 +272,7 @@ def test_an_image_of_one_pixel_is_segmented_and_scored(here):
 
 
 @pytest.mark.parametrize('name, content, words', [
-    ('images/train/train_0.png', cut('png'), ['train_0.png is damaged or truncated']),
+    ('images/train/train_0.png', cut, ['train_0.png is damaged or truncated']),
     ('weight_maps/train/train_0_weight.png', plain(0, 32, 64)[1], ['train_0_weight.png is 64 x 32 pixels', '64 x 64']),
     ('weight_maps/train/train_0_weight.png', np.full((64, 64), 300, np.uint16),
      ['train_0_weight.png has colour mode I', 'expected a weight map of 8-bit grey', 'prepare_data.py']),
@@ -317,7 +299,7 @@ ALL = ('prepare', 'weight_map', 'test')
 # all that the reader refuses is in test_dataset.py
 REFUSED_LABELS = {
     'RGB': ('x.png', coloured, ['x.png is a colour image', 'expected one integer id per pixel'], ALL),
-    'truncated': ('x.png', cut('png'), ['x.png is damaged or truncated'], ALL),
+    'truncated': ('x.png', cut, ['x.png is damaged or truncated'], ALL),
     'JPEG': ('x.jpg', plain()[1], ['labels', 'x.'], ALL[::2]),
     'other size': ('x.png', plain(0, 64, 60)[1], ['x.png is 60 x 64 pixels', '64 x 64', 'same size'], ALL[::2]),
     'XML of another schema': ('x.xml', '<annotation/>', ['x.xml is not an ImageScope annotation'], ALL[:1]),
