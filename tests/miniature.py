@@ -1,4 +1,8 @@
-"""A miniature of the prepared data, for tests that run the scripts."""
+"""A miniature of the prepared data, for tests that run the scripts; what a shell script would run."""
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +61,20 @@ def make_glas(folder):
 def pixels(path):
     array = np.asarray(Image.open(Path(path)))
     return array.astype(np.uint16) if array.dtype == np.int32 else array         # a PNG of 16 bits, by Pillow before 11
+
+
+def calls_of(script, folder, *words, **environment):
+    """What a shell script asks of python, as the words of each call, and what it prints. Only `python -c` is run."""
+    root, bin = Path(__file__).parents[1], folder / 'bin'
+    bin.mkdir(exist_ok=True)
+    (bin / 'python').write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec "{sys.executable}" "$@"\n'
+                                f'printf "%s\\0" "$@" "" >> "{folder}/calls"\n')
+    (bin / 'python').chmod(0o755)
+    (folder / 'calls').unlink(missing_ok=True)
+    shutil.copytree(root / 'scripts', folder / 'elsewhere/scripts', dirs_exist_ok=True)     # no .venv comes first
+    done = subprocess.run(['sh', str(folder / 'elsewhere/scripts' / script), *words], cwd=folder, text=True,
+                          capture_output=True, env={**os.environ, 'PYTHONPATH': str(root), **environment,
+                                                    'PATH': f'{bin}{os.pathsep}{os.environ["PATH"]}'})
+    assert done.returncode == 0, done.stderr
+    calls = (folder / 'calls').read_text().removesuffix('\0\0').split('\0\0')
+    return [call.split('\0') for call in calls], done.stdout

@@ -1,4 +1,4 @@
-"""What is fed to the scripts and what happens: one row per input, real files, through `main(argv)`.
+"""What is fed to the scripts and what happens: real files, through `main(argv)`; the readers' own tables are elsewhere.
 
 Refused input is one line that names the file, what was found and what was expected, and leaves nothing half-written.
 Accepted input gives the right result, some of it with a note.
@@ -14,7 +14,6 @@ import pickle
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ import time
 import unittest.mock
 import urllib.request
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,6 @@ import tifffile
 import torch
 from PIL import Image
 from skimage.color import rgb2lab
-from test_prepare_data import annotation_xml, rectangle
 
 import my_transforms
 import prepare_data
@@ -201,88 +198,30 @@ def saved(image, **options):
     return lambda path: image.save(path, **options)
 
 
-def cut(ending, share=0.5):
-    """A file of which only the first part arrived."""
-    file = io.BytesIO()
-    Image.fromarray(plain()[0]).save(file, ending)
-    return file.getvalue()[:int(len(file.getvalue()) * share)]
+def cut(path):
+    """A PNG of which only the first half arrived."""
+    Image.fromarray(plain()[0]).save(path)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def png(width, height, depth, colour, data=b''):
-    """A PNG written by hand: a header that says anything, depths that Pillow does not write."""
-    def chunk(kind, body):
-        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, colour, 0, 0, 0))
-            + chunk(b'IDAT', zlib.compress(data)) + chunk(b'IEND', b''))
-
-
-def png_16(*channels):
-    """16-bit grey (one channel) or RGB PNG of 64 x 64 pixels."""
-    rows = np.random.default_rng(0).integers(0, 4096, (64, 64, *channels)).astype('>u2')
-    return png(64, 64, 16, 2 if channels else 0, b''.join(b'\0' + row.tobytes() for row in rows))
-
-
-def tiff(array, **options):
-    return lambda path: tifffile.imwrite(path, array, **options)
-
-
-def pages(count, subfile=0):
-    """TIFF of several pages; subfile=1 marks the further ones as reduced copies."""
-    def write(path):
-        with tifffile.TiffWriter(path) as file:
-            for k in range(count):
-                file.write(plain()[0][::2 ** k, ::2 ** k] if subfile else plain(k)[0], photometric='rgb',
-                           subfiletype=subfile if k else 0)
-    return write
-
-
-def turned(orientation):
-    """A JPEG with EXIF orientation."""
-    def write(path):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.fromarray(plain()[0]).save(path, quality=95, exif=exif)
-    return write
+def turned(path):
+    """A JPEG with EXIF orientation 6."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(plain()[0]).save(path, quality=95, exif=exif)
 
 
 def rgba(alpha):
     return Image.fromarray(np.dstack([plain()[0], np.full((64, 64), alpha, np.uint8)]))
 
 
-def with_nan():
-    values = np.zeros((64, 64), np.float32)
-    values[3, 3] = np.nan
-    return values
-
-
 grey = Image.fromarray(plain()[0]).convert('L')
-palette = Image.fromarray(plain()[0]).quantize(16)
-animation = [Image.fromarray(plain(seed)[0]) for seed in (0, 2, 3)]
 
+# all that the reader refuses is in test_dataset.py
 REFUSED_IMAGES = {
-    '0 bytes': ('x.png', b'', ['x.png is empty (0 bytes)', 'copy it again']),
-    'truncated PNG': ('x.png', cut('png'), ['x.png is damaged or truncated', 'copy it again']),
-    'truncated JPEG': ('x.jpg', cut('jpeg'), ['x.jpg is damaged or truncated']),
-    'truncated TIFF': ('x.tif', cut('tiff', 0.9), ['x.tif']),
-    'truncated BMP': ('x.bmp', cut('bmp'), ['x.bmp is damaged or truncated']),
-    'a PNG of which 20 bytes arrived': ('x.png', cut('png')[:20], ['x.png is not an image', 'expected one of']),
-    'a text file named .png': ('x.png', 'these are no pixels\n', ['x.png is not an image', '.tiff']),
-    'huge declared size': ('x.png', png(100_000, 100_000, 8, 2), ['x.png declares 100000 x 100000 = 10000 megapixels',
-                                                                 'max_megapixels']),
-    'a size that no computer holds': ('x.png', png(2 ** 31 - 1, 2 ** 31 - 1, 8, 2), ['x.png', 'megapixels']),
-    '1-bit PNG': ('x.png', saved(grey.convert('1')), ['x.png is a 1-bit image', 'expected 8-bit RGB']),
-    '1-bit TIFF': ('x.tif', saved(grey.convert('1')), ['x.tif is a 1-bit image']),
-    '16-bit grey PNG': ('x.png', png_16(), ['x.png has 16 bits per channel, expected 8', '--scale-16bit']),
-    '16-bit RGB PNG': ('x.png', png_16(3), ['x.png has 16 bits per channel, expected 8', '--scale-16bit']),
-    '16-bit RGB TIFF': ('x.tif', tiff(plain()[0].astype(np.uint16) * 16, photometric='rgb'), ['x.tif has 16 bits']),
-    'float TIFF with NaN': ('x.tif', tiff(with_nan()), ['x.tif is a floating-point image', 'expected 8-bit RGB']),
-    'float RGB TIFF': ('x.tif', tiff(plain()[0] / np.float32(255), photometric='rgb'), ['x.tif']),
-    '32-bit TIFF': ('x.tif', tiff(plain()[1].astype(np.int32)), ['x.tif has colour mode I', 'expected 8-bit RGB']),
-    'CMYK JPEG': ('x.jpg', saved(Image.fromarray(plain()[0]).convert('CMYK')), ['x.jpg has colour mode CMYK']),
-    'several pages': ('x.tif', pages(3), ['x.tif has 3 pages', 'expected one image per file']),
-    'a folder named .png': ('x.png', lambda path: path.mkdir(), ['x.png']),
-    'a link to nothing': ('x.png', lambda path: path.symlink_to('nowhere.png'), ['x.png']),
-    'a link to itself': ('x.png', lambda path: path.symlink_to('x.png'), ['x.png']),
+    'truncated': ('x.png', cut, ['x.png is damaged or truncated', 'copy it again']),
+    '16 bits': ('x.png', plain()[1].astype(np.uint16), ['x.png has 16 bits per channel, expected 8', '--scale-16bit']),
+    'a folder': ('x.png', lambda path: path.mkdir(), ['x.png']),
 }
 
 
@@ -296,27 +235,9 @@ def test_refused_images(here, script, name, content, words):
 
 # file name, content, what it shows (None = what is in the file, as RGB), words of the note ('' = none)
 ACCEPTED_IMAGES = {
-    'RGB': ('x.png', plain()[0], plain()[0], ''),
-    'opaque RGBA': ('x.png', saved(rgba(255)), plain()[0], ''),
     'RGBA, not opaque': ('x.png', saved(rgba(128)), plain()[0], 'x.png: its alpha channel is not fully opaque'),
-    'RGBA TIFF, not opaque': ('x.tif', saved(rgba(0)), plain()[0], 'x.tif: its alpha channel is not fully opaque'),
-    'grey': ('x.png', saved(grey), None, 'x.png: grey image, converted to RGB'),
-    'LA': ('x.png', saved(grey.convert('LA')), np.asarray(grey.convert('RGB')), 'x.png: grey image'),
-    'palette': ('x.png', saved(palette), None, 'x.png: palette image, converted to RGB'),
-    'palette BMP': ('x.bmp', saved(palette), None, 'x.bmp: palette image'),
-    'palette, one colour transparent': ('x.png', saved(palette, transparency=0), None, 'not fully opaque'),
-    'EXIF, turned by 180 degrees': ('x.jpg', turned(3), None, 'x.jpg: turned by its EXIF orientation (3)'),
-    'EXIF, turned by 90 degrees': ('x.jpg', turned(6), None, 'x.jpg: turned by its EXIF orientation (6)'),
-    'EXIF, nonsense': ('x.jpg', turned(99), None, None),
-    'animated PNG': ('x.png', saved(animation[0], save_all=True, append_images=animation[1:]), plain()[0],
-                     'x.png: animated, only the first of its 3 frames is used'),
-    'pyramid TIFF': ('x.tif', pages(3, subfile=1), plain()[0], ''),
-    'LZW TIFF': ('x.tif', saved(animation[0], compression='tiff_lzw'), plain()[0], ''),
-    'BigTIFF in tiles': ('x.tiff', tiff(plain()[0], photometric='rgb', bigtiff=True, tile=(16, 16)), plain()[0], ''),
-    'PPM': ('x.ppm', plain()[0], plain()[0], ''),
+    'EXIF, turned by 90 degrees': ('x.jpg', turned, None, 'x.jpg: turned by its EXIF orientation (6)'),
     'upper-case ending': ('x.PNG', plain()[0], plain()[0], ''),
-    'a JPEG named .png': ('x.png', saved(animation[0], format='jpeg'), None, ''),
-    'all white': ('x.png', np.full((64, 64, 3), 255, np.uint8), np.full((64, 64, 3), 255, np.uint8), ''),
     'all black': ('x.png', np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8), ''),
 }
 
@@ -343,37 +264,18 @@ def test_accepted_images(here, name, content, expected, note):
         assert note is None or (note in found if note else found == ''), found
 
 
-@pytest.mark.parametrize('height, width', [(1, 1), (1, 90), (70, 1)])
-def test_images_of_one_pixel_or_line(here, height, width):
-    """Too small for a patch, yet testing segments them."""
-    pair(here, np.full((height, width, 3), 200, np.uint8), np.ones((height, width), np.uint8))
-    refused(lambda: run_prepare(here), 'x.png', f'{width} x {height} pixels is smaller than a patch of 32 x 32')
-    assert not (here / 'out').exists()
+def test_an_image_of_one_pixel_is_segmented_and_scored(here):
+    pair(here, np.full((1, 1, 3), 200, np.uint8), np.ones((1, 1), np.uint8))
     run_test(here)
-    assert tifffile.imread(here / 'out/images_segmentation/x_seg.tiff').shape == (height, width)
+    assert tifffile.imread(here / 'out/images_segmentation/x_seg.tiff').shape == (1, 1)
     assert '\nx:\t' in (here / 'out/images_test_result.txt').read_text()
 
 
-@pytest.mark.parametrize('content', [png_16(), png_16(3)], ids=['grey', 'RGB'])
-def test_16_bit_images_are_mapped_when_told(here, content):
-    pair(here, content)
-    run_prepare(here, '--scale-16bit', '0', '4095', '--patch-size', '64')
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 4096, (64, 64, 3) if content == png_16(3) else (64, 64))
-    expected = (values / 4095 * 255 if values.ndim == 3 else np.dstack([values] * 3) / 4095 * 255)
-    found = pixels(next((here / 'out/images').glob('*/x_0.png'))).astype(float)
-    assert np.abs(found - expected).max() <= 1
-
-
 @pytest.mark.parametrize('name, content, words', [
-    ('images/train/train_0.png', cut('png'), ['train_0.png is damaged or truncated']),
-    ('images/train/train_0.png', b'', ['train_0.png is empty']),
-    ('images/val/val_0.png', png_16(3), ['val_0.png has 16 bits per channel']),
-    ('weight_maps/train/train_0_weight.png', cut('png')[:50], ['train_0_weight.png']),
+    ('images/train/train_0.png', cut, ['train_0.png is damaged or truncated']),
     ('weight_maps/train/train_0_weight.png', plain(0, 32, 64)[1], ['train_0_weight.png is 64 x 32 pixels', '64 x 64']),
     ('weight_maps/train/train_0_weight.png', np.full((64, 64), 300, np.uint16),
      ['train_0_weight.png has colour mode I', 'expected a weight map of 8-bit grey', 'prepare_data.py']),
-    ('weight_maps/val/val_0_weight.png', plain(0, 32, 64)[1], ['val_0_weight.png is 64 x 32 pixels', '64 x 64']),
     ('labels/train/train_0_label.png', ternary_label(plain(0, 64, 32)[1]), ['train_0_label.png is 32 x 64 pixels']),
     ('labels/train/train_0_label.png', 'no pixels', ['train_0_label.png is not an image']),
 ])
@@ -387,19 +289,6 @@ def test_training_names_a_spoiled_file(data, name, content, words):
 # Labels
 # ---------------------------------------------------------------------------------------------------
 
-def array(values):
-    return lambda path: np.save(path, values, allow_pickle=True)
-
-
-def in_palette(colours):
-    """A palette image whose indices are the label."""
-    def write(path):
-        image = Image.frombytes('P', (64, 64), plain()[1].tobytes())
-        image.putpalette(colours)
-        image.save(path)
-    return write
-
-
 label = plain()[1].astype(np.int32)
 two_pieces = np.zeros((64, 64), np.uint8)
 two_pieces[5:20, 5:20] = two_pieces[40:60, 40:60] = 3
@@ -407,30 +296,12 @@ two_pieces[30:35, 10:20] = 1
 coloured = np.dstack([plain()[1], plain()[1] * 3, plain()[1] + 1])
 ALL = ('prepare', 'weight_map', 'test')
 
+# all that the reader refuses is in test_dataset.py
 REFUSED_LABELS = {
     'RGB': ('x.png', coloured, ['x.png is a colour image', 'expected one integer id per pixel'], ALL),
-    'RGBA': ('x.png', np.dstack([coloured, coloured[..., 0]]), ['x.png has colour mode RGBA'], ALL),
-    '16-bit RGB': ('x.png', png_16(3), ['x.png is a colour image of 16 bits'], ALL),
-    '0 and 255': ('x.png', (plain()[1] > 0) * np.uint8(255), ['x.png holds only 0 and 255', '--binary-labels'], ALL),
-    'fractions': ('x.npy', array(label + 0.5), ['x.npy holds fractional or non-finite values'], ALL),
-    'fractions in a TIFF': ('x.tif', tiff(np.float32(label + 0.25)), ['x.tif holds fractional'], ALL),
-    'NaN': ('x.tif', tiff(with_nan()), ['x.tif holds fractional or non-finite values', 'expected integer ids'], ALL),
-    'negative': ('x.npy', array(label - 1), ['x.npy holds negative ids'], ALL),
-    'negative in a TIFF': ('x.tif', tiff(label - 1), ['x.tif holds negative ids'], ALL),
-    'above 2 ** 31': ('x.tif', tiff(label.astype(np.uint32) * 4_000_000_000), ['x.tif holds ids above'], ALL),
-    'pickled objects': ('x.npy', array(np.array([{}, 1], dtype=object)), ['x.npy is not a plain NumPy array'], ALL),
-    'complex numbers': ('x.npy', array(label + 1j), ['x.npy holds complex128 values'], ALL),
-    'one row of ids': ('x.npy', array(label[0]), ['x.npy has shape (64,)', '(height, width)'], ALL),
-    'no pixel': ('x.npy', array(label[:0]), ['x.npy'], ALL),
-    'no number at all': ('x.npy', b'', ['x.npy'], ALL),
-    'a stack': ('x.npy', array(np.stack([label] * 3)), ['x.npy'], ALL),
-    'truncated': ('x.png', cut('png'), ['x.png is damaged or truncated'], ALL),
-    '0 bytes': ('x.png', b'', ['x.png is empty'], ALL),
-    'a text file': ('x.png', '1 2 3', ['x.png is not an image'], ALL),
+    'truncated': ('x.png', cut, ['x.png is damaged or truncated'], ALL),
     'JPEG': ('x.jpg', plain()[1], ['labels', 'x.'], ALL[::2]),
-    'a JPEG named .png': ('x.png', saved(grey, format='jpeg'), ['x.png is a JPEG'], ALL),
     'other size': ('x.png', plain(0, 64, 60)[1], ['x.png is 60 x 64 pixels', '64 x 64', 'same size'], ALL[::2]),
-    'transposed': ('x.png', plain(0, 64, 60)[1].T, ['x.png is 64 x 60 pixels', 'same size'], ALL[::2]),
     'XML of another schema': ('x.xml', '<annotation/>', ['x.xml is not an ImageScope annotation'], ALL[:1]),
 }
 
@@ -447,20 +318,8 @@ def test_refused_labels(here, script, name, content, words):
 # file name, content, ids that it stands for, words of the note
 ACCEPTED_LABELS = {
     'RGB with equal channels': ('x.png', np.dstack([plain()[1]] * 3), label, 'x.png: RGB label with three equal'),
-    'grey palette': ('x.png', in_palette([v for v in range(256) for _ in range(3)]), label, ''),
-    'colour palette': ('x.png', in_palette([(v * 37 + c * 91) % 256 for v in range(256) for c in range(3)]), label, ''),
-    'colour palette BMP': ('x.bmp', in_palette([(v * 37 + c * 91) % 256 for v in range(256) for c in range(3)]), label,
-                           ''),
-    'whole numbers as float': ('x.npy', array(label.astype(float)), label, ''),
-    'whole numbers as float TIFF': ('x.tif', tiff(label.astype(np.float32)), label, ''),
-    '64-bit': ('x.npy', array(label.astype(np.int64)), label, ''),
-    'named _label': ('x_label.png', plain()[1], label, ''),
-    'named _anno': ('x_anno.bmp', plain()[1], label, ''),
-    'gaps': ('x.png', plain()[1] * 7, label * 7, ''),
-    'above 255': ('x.png', (label * 300).astype(np.uint16), label * 300, ''),
-    'above 65,535': ('x.tif', tiff((label * 70_000).astype(np.uint32)), label * 70_000, ''),
+    'above 65,535': ('x.npy', lambda path: np.save(path, label * 70_000), label * 70_000, ''),
     'an object in two pieces': ('x.png', two_pieces, two_pieces.astype(int), ''),
-    'an object that fills the image': ('x.png', np.ones((64, 64), np.uint8), np.ones((64, 64), int), ''),
     'no object': ('x.png', np.zeros((64, 64), np.uint8), np.zeros((64, 64), int), 'x.png: the label has no object'),
 }
 
@@ -550,18 +409,6 @@ def test_up_to_five_missing_labels_are_named_and_all_counted(here):
         refused(lambda: RUN[script](here), '7 instance labels', 'm0.png, m1.png, m2.png, m3.png, m4.png, ...')
 
 
-@pytest.mark.parametrize('spoil, words', [
-    (remove('weight_maps/train/train_1_weight.png'), ['1 partners', 'weight_maps/train', 'train_1_weight.png']),
-    (remove('labels/val/val_0_label.png'), ['1 partners', 'labels/val', 'val_0_label.png', 'prepare_data.py again']),
-    (remove('images/train/train_2.png'), ['train_2', 'have no image', 'images/train']),
-    (copy('images/train/train_0.png', 'images/train/train_0.bmp'), ['two images of one name', 'train_0.bmp']),
-])
-def test_pairs_of_prepared_data(data, spoil, words):
-    spoil(data)
-    refused(lambda: run_train(data), *words)
-    assert not (data / 'run').exists()
-
-
 # ---------------------------------------------------------------------------------------------------
 # Paths
 # ---------------------------------------------------------------------------------------------------
@@ -586,42 +433,20 @@ def other_files(path):
     put(path / '.DS_Store', b'\0')
 
 
-WAYS = {missing: 'no such', emptied: 'an empty folder', a_file: 'found a file', other_files: 'readme.txt'}
+WAYS = {missing: 'no such', other_files: 'readme.txt'}
 
 
 @pytest.mark.parametrize('script, part', [('prepare', 'images'), ('prepare', 'labels'), ('test', 'images'),
-                                          ('test', 'labels'), ('weight_map', 'labels')])
-@pytest.mark.parametrize('spoil', WAYS, ids=lambda spoil: spoil.__name__)
-def test_folders_without_images(here, script, part, spoil):
-    if (script, part, spoil) == ('test', 'images', a_file):
-        pytest.skip('--img-dir of test.py may be one image')
-    pair(here)
-    spoil(here / part)
-    refused(lambda: RUN[script](here), str(here / part), WAYS[spoil])
-    assert not (here / 'out').exists()
-
-
-@pytest.mark.parametrize('part', ['images/train', 'images/val', 'weight_maps/train', 'labels/val'])
-@pytest.mark.parametrize('spoil', WAYS, ids=lambda spoil: spoil.__name__)
-def test_prepared_folders_without_images(data, part, spoil):
+                                          ('test', 'labels'), ('weight_map', 'labels'), ('train', 'images/train'),
+                                          ('train', 'labels/val')])
+@pytest.mark.parametrize('spoil', [missing, other_files], ids=lambda spoil: spoil.__name__)
+def test_folders_without_images(data, script, part, spoil):
+    if script != 'train':
+        shutil.rmtree(data / 'images'), shutil.rmtree(data / 'labels')
+        pair(data)
     spoil(data / part)
-    refused(lambda: run_train(data), str(data / part))
-    assert not (data / 'run').exists()
-
-
-@pytest.mark.parametrize('dataset, spoil, words', [
-    ('MultiOrgan', missing, ['no such folder', 'raw']), ('GlaS', missing, ['no such folder', 'raw']),
-    ('MultiOrgan', a_file, ['raw']), ('GlaS', a_file, ['raw']),
-    ('MultiOrgan', emptied, ['raw is not a MultiOrgan data set', 'saw an empty folder']),
-    ('GlaS', emptied, ['raw is not the GlaS data set', 'saw an empty folder']),
-    ('MultiOrgan', other_files, ['raw is not a MultiOrgan data set', 'readme.txt']),
-    ('GlaS', other_files, ['raw is not the GlaS data set', 'readme.txt']),
-])
-def test_raw_folders_without_a_data_set(here, dataset, spoil, words):
-    (here / 'raw').mkdir()
-    spoil(here / 'raw')
-    refused(lambda: prepare_data.main(['--dataset', dataset, '--raw-dir', 'raw', '--data-dir', 'out']), *words)
-    assert not (here / 'out').exists()
+    refused(lambda: RUN[script](data), str(data / part), '' if script == 'train' else WAYS[spoil])
+    assert not (data / 'out').exists() and not (data / 'run').exists()
 
 
 @pytest.mark.parametrize('words', [['--img-dir', '{}/nowhere'], ['--img-dir', '{}/images/nowhere.png']])
@@ -632,10 +457,8 @@ def test_a_missing_image_is_named(here, words):
 
 
 @pytest.mark.parametrize('script, words', [
-    ('prepare', ['--data-dir', 'file/out']), ('test', ['--save-dir', 'file/out']), ('test', ['--save-dir', 'file']),
-    ('weight_map', ['--save-dir', 'file/out']), ('weight_map', ['--save-dir', 'file']),
-    ('prepare', ['--data-dir', 'file']),
-    ('train', ['--save-dir', 'file']), ('train', ['--save-dir', 'file/run']),
+    ('prepare', ['--data-dir', 'file']), ('prepare', ['--data-dir', 'file/out']), ('test', ['--save-dir', 'file/out']),
+    ('weight_map', ['--save-dir', 'file']), ('train', ['--save-dir', 'file']), ('train', ['--save-dir', 'file/run']),
 ])
 def test_an_output_folder_that_is_a_file(here, data, script, words):
     pair(here)
@@ -652,8 +475,9 @@ def test_an_output_folder_that_is_a_file(here, data, script, words):
 def test_output_inside_the_input_is_refused(here, script, words):
     pair(here)
     before = sorted(here.rglob('*'))
-    refused(lambda: RUN[script](here, *[word.format(here) for word in words]), str(here / 'images')
-            if 'images' in words[1] else str(here / 'labels'))
+    refused(lambda: RUN[script](here, *[word.format(here) for word in words]),
+            str(here / ('images' if 'images' in words[1] else 'labels')),
+            'would replace the raw data' if script == 'prepare' else '')
     assert sorted(here.rglob('*')) == before
 
 
@@ -664,8 +488,7 @@ def test_results_beside_the_images_do_not_become_images(here):
     assert sorted(path.name for path in (here / 'images/images_records').iterdir()) == ['a.json', 'x.json']
 
 
-NAMES = ['with space', 'Färbung 核', '-x', '--img-dir', 'a.b.c..d', "it's", 'x%20', '{dataset}', '*', '#1', 'b_label',
-         'n' * 200]
+NAMES = ['Färbung 核', '--img-dir', 'a.b.c..d', '{dataset}', 'n' * 200]
 
 
 @pytest.mark.parametrize('stem', NAMES)
@@ -684,15 +507,6 @@ def test_names_of_files_and_folders(here, stem):
     assert f'\n{stem}:\t' in (folder / 'results/images_test_result.txt').read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('stem', ['with space', 'Färbung 核', '-x', 'a.b.c..d', '{dataset}'])
-def test_training_in_folders_of_any_name(prepared, stem):
-    shutil.copytree(prepared, stem)
-    for path in sorted(Path(stem).rglob('train_0*')):
-        path.rename(path.with_name(path.name.replace('train_0', stem)))
-    train.main([*SMALL, f'--data-dir={stem}', f'--save-dir={stem}/run'])
-    assert load_checkpoint(Path(stem) / 'run/checkpoints/checkpoint.pth.tar')['epoch'] == 1
-
-
 @pytest.mark.parametrize('script', ['prepare', 'test', 'weight_map'])
 def test_a_name_that_is_not_utf_8(here, script):
     """As old archives bring them; it cannot be written into a UTF-8 file as it is."""
@@ -701,37 +515,6 @@ def test_a_name_that_is_not_utf_8(here, script):
         os.rename(here / part / 'x.png', os.fsencode(here / part) + b'/F\xe4rbung.png')
     with pytest.raises(InputError, match='rbung.png'):
         RUN[script](here)
-
-
-def test_links_are_followed(here, prepared):
-    pair(here / 'real')
-    (here / 'images').symlink_to(here / 'real/images')
-    (here / 'labels').mkdir()
-    for name in ('a.png', 'x.png'):
-        (here / 'labels' / name).symlink_to(Path('../real/labels') / name)
-    run_prepare(here)
-    assert len(list((here / 'out/images').glob('*/x_*.png'))) == 4
-    shutil.rmtree(here / 'out')
-    run_test(here)
-    assert (here / 'out/images_segmentation/x_seg.tiff').is_file()
-    (here / 'link').symlink_to(prepared)
-    train.main([*SMALL, '--data-dir', 'link', '--save-dir', 'run'])
-    assert Path('run/checkpoints/checkpoint.pth.tar').is_file()
-
-
-def test_hidden_files_are_skipped(here, data):
-    for folder in ('images/train', 'labels/train', 'weight_maps/train', 'images/val'):
-        put(data / folder / '.DS_Store', b'\0\1')
-        put(data / folder / '._train_0.png', b'\0\5\x16\7')
-    run_train(data)
-    shutil.rmtree(here / 'images'), shutil.rmtree(here / 'labels')
-    pair(here)
-    for folder in ('images', 'labels'):
-        put(here / folder / '.DS_Store', b'\0\1')
-        put(here / folder / '._x.png', b'\0\5\x16\7')
-    for script in ('prepare', 'test', 'weight_map'):
-        RUN[script](here)
-        shutil.rmtree(here / 'out')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -768,15 +551,10 @@ def unprivileged():
 
 
 @pytest.mark.parametrize('script, path, mode, word', [
-    ('prepare', 'images/x.png', 0, 'x.png'), ('prepare', 'labels/x.png', 0, 'x.png'),
-    ('prepare', 'images', 0, 'images'),
-    ('prepare', 'labels', 0o644, 'labels'), ('prepare', '.', 0o555, 'out'),
+    ('prepare', 'images/x.png', 0, 'x.png'), ('prepare', 'labels', 0o644, 'labels'), ('prepare', '.', 0o555, 'out'),
     ('weight_map', 'labels/x.png', 0, 'x.png'), ('weight_map', '.', 0o555, 'out'),
-    ('weight_map', 'labels', 0, 'labels'),
-    ('test', 'images/x.png', 0, 'x.png'), ('test', 'labels/x.png', 0, 'x.png'), ('test', 'images', 0, 'images'),
-    ('test', 'net.pth.tar', 0, 'net.pth.tar'), ('test', 'mean_std.npy', 0, 'mean_std.npy'), ('test', '.', 0o555, 'out'),
-    ('train', 'data/images/train/train_0.png', 0, 'train_0.png'), ('train', 'data/images/train', 0, 'images/train'),
-    ('train', 'data/weight_maps/val/val_0_weight.png', 0, 'val_0_weight.png'), ('train', '.', 0o555, 'run'),
+    ('test', 'images', 0, 'images'), ('test', 'net.pth.tar', 0, 'net.pth.tar'), ('test', '.', 0o555, 'out'),
+    ('train', 'data/images/train/train_0.png', 0, 'train_0.png'), ('train', '.', 0o555, 'run'),
     ('train', 'data/mean_std.npy', 0, 'mean_std.npy'),
 ])
 def test_without_permission(open_folder, monkeypatch, script, path, mode, word):
@@ -804,55 +582,19 @@ def weights(**changes):
     return lambda path: published(path, create_model(**{**MODEL, **changes}).state_dict())
 
 
-def changed(change, **more):
-    """A published checkpoint whose weights `change(dict)` has changed."""
-    def write(path):
-        state = dict(network().state_dict())
-        change(state)
-        published(path, state, **more)
-    return write
+def spoilt(path):
+    state = network().state_dict()
+    published(path, {**state, 'conv2.weight': state['conv2.weight'] * float('nan')})
 
 
-def with_nan_weights(state):
-    state['conv2.weight'] = state['conv2.weight'] * float('nan')
-
-
-def plain_file(content):
-    return lambda path: torch.save(content, path)
-
-
+# all that the loader refuses is in test_utils.py
 REFUSED_CHECKPOINTS = {
     'missing': (lambda path: path.unlink(), ['no checkpoint at', 'net.pth.tar']),
     'a folder': (lambda path: (path.unlink(), path.mkdir()), ['no checkpoint at', 'net.pth.tar']),
-    'empty': (b'', ['net.pth.tar is not a checkpoint, or is damaged']),
-    'a text file': ('weights', ['net.pth.tar is not a checkpoint, or is damaged']),
-    'an image': (lambda path: Image.fromarray(plain()[0]).save(path, 'png'), ['net.pth.tar is not a checkpoint']),
-    'a zip file of something else': (b'PK\5\6' + bytes(18), ['net.pth.tar is not a checkpoint, or is damaged']),
     'truncated': (lambda path: path.write_bytes(path.read_bytes()[:-2000]), ['net.pth.tar', 'damaged', 'copy it']),
-    'a first tenth': (lambda path: path.write_bytes(path.read_bytes()[:1000]), ['net.pth.tar', 'damaged']),
-    'code': (plain_file({'state_dict': Malicious()}), ['net.pth.tar holds more than weights', 'could run code']),
-    'code as a plain pickle': (lambda path: path.write_bytes(pickle.dumps(Malicious())), ['net.pth.tar']),
     'code beside weights': (lambda path: published(path, args=Malicious()), ['net.pth.tar', 'could run code']),
-    'a whole module': (lambda path: torch.save(network(), path), ['net.pth.tar', 'as weights only']),
-    'a list': (plain_file([1, 2]), ['net.pth.tar is not a checkpoint: expected a dict with a state_dict']),
-    'a tensor': (plain_file(torch.zeros(3)), ['net.pth.tar is not a checkpoint: expected a dict']),
-    'weights alone': (lambda path: torch.save(network().state_dict(), path), ['net.pth.tar', 'state_dict']),
-    'a state_dict of numbers': (plain_file({'state_dict': {'conv1': 1}}), ['net.pth.tar is not a checkpoint']),
-    'a state_dict whose keys are numbers': (plain_file({'state_dict': {1: torch.zeros(1)}}), ['net.pth.tar']),
-    'no weights': (plain_file({'state_dict': {}}), ['net.pth.tar does not fit the model']),
-    'another network': (plain_file({'state_dict': {'fc.weight': torch.zeros(3)}}),
-                        ['net.pth.tar does not fit the model', 'not those of a FullNet', 'fc.weight']),
-    'FCN_pooling': (weights(name='FCN_pooling', dilations=(1,) * 7), ['net.pth.tar does not fit the model']),
-    'other n_layers': (weights(n_layers=6), ['n_layers is 6 in the file, 4 in the options']),
     'other growth_rate': (weights(growth_rate=3), ['growth_rate is 3 in the file, 2 in the options']),
-    'other dilations': (weights(dilations=(1, 1)), ['2 dense blocks in the file, dilations has 1']),
-    'bottleneck': (weights(layer_type='bottleneck'), ['layer_type is bottleneck in the file, basic in the options']),
-    'other out_c': (weights(out_c=4), ['out_c is 4 in the file, 3 in the options']),
-    'other in_c': (weights(in_c=1), ['in_c is 1 in the file, 3 in the options']),
-    'missing keys': (changed(lambda state: state.pop('conv2.weight')), ['does not fit', '1 missing: conv2.weight']),
-    'extra keys': (changed(lambda state: state.update(more=torch.zeros(1))), ['does not fit', '1 extra: more']),
-    'a key of another shape': (changed(lambda state: state.update({'conv2.bias': torch.zeros(5)})), ['conv2.bias']),
-    'NaN weights': (changed(with_nan_weights), ['conv2.weight holds NaN or infinite weights', 'earlier checkpoint']),
+    'NaN weights': (spoilt, ['conv2.weight holds NaN or infinite weights', 'earlier checkpoint']),
 }
 
 
@@ -868,29 +610,7 @@ def test_refused_checkpoints(here, prepared, script, content, words):
             words = ['net.pth.tar']                    # resuming looks for the optimizer first
         refused(lambda: run_train(here, script.split()[1], str(here / 'net.pth.tar'), '--data-dir', str(prepared)),
                 *words)
-    assert not (here / 'out').exists() and not (here / 'run').exists()
-
-
-@pytest.mark.parametrize('script', ['test', 'train --init-from', 'train --checkpoint-path'])
-@pytest.mark.parametrize('content', [REFUSED_CHECKPOINTS[title][0] for title in ('code', 'code as a plain pickle',
-                                                                                 'code beside weights')])
-def test_code_in_a_checkpoint_is_not_run(here, prepared, script, content):
-    put(here / 'net.pth.tar', content)
-    pair(here)
-    with pytest.raises(InputError):
-        if script == 'test':
-            run_test(here)
-        else:
-            run_train(here, script.split()[1], str(here / 'net.pth.tar'), '--data-dir', str(prepared))
-    assert not (here / 'was_run').exists()
-    pickle.loads(pickle.dumps(Malicious()))                                # it would have been seen
-    assert (here / 'was_run').exists()
-
-
-def as_type(dtype):
-    def change(state):
-        state.update({key: value.to(dtype) for key, value in state.items() if value.is_floating_point()})
-    return change
+    assert not any((here / name).exists() for name in ('out', 'run', 'was_run'))
 
 
 def on_cuda(path):
@@ -900,18 +620,18 @@ def on_cuda(path):
     assert b'cuda:1' in path.read_bytes()
 
 
+def half(path):
+    published(path, {key: value.bfloat16() if value.is_floating_point() else value
+                     for key, value in network().state_dict().items()})
+
+
 @pytest.mark.parametrize('content, note', [
-    (changed(as_type(torch.float16)), 'net.pth.tar: float16 weights, converted to float32'),
-    (changed(as_type(torch.float64)), 'net.pth.tar: float64 weights, converted to float32'),
-    (changed(as_type(torch.bfloat16)), 'net.pth.tar: bfloat16 weights, converted to float32'),
+    (half, 'net.pth.tar: bfloat16 weights, converted to float32'),
     (lambda path: torch.save({'state_dict': network().state_dict()}, path), ''),                  # no module. prefix
-    (published, ''),
     (on_cuda, ''),
     (lambda path: published(path, best_iou=np.float32(0.5), epoch=np.int64(3)), ''),
     (lambda path: published(path, options={'lr': 0.1}), ''),
-    (lambda path: published(path, options='none'), ''),
-], ids=['float16', 'float64', 'bfloat16', 'without module.', 'published', 'saved on CUDA', 'other NumPy scalars',
-        'options of another program', 'options are a text'])
+], ids=['bfloat16', 'without module.', 'saved on CUDA', 'other NumPy scalars', 'options of another program'])
 def test_accepted_checkpoints(here, prepared, content, note):
     pair(here)
     run_test(here)
@@ -921,12 +641,6 @@ def test_accepted_checkpoints(here, prepared, content, note):
     after = pixels(here / 'out/images_prob_maps/x_prob_inside.png').astype(int)
     assert np.abs(before - after).max() <= 3
     assert note in notes(lambda: run_train(here, '--init-from', str(here / 'net.pth.tar'), '--data-dir', str(prepared)))
-
-
-def test_a_published_checkpoint_without_mean_std(here):
-    pair(here)
-    (here / 'mean_std.npy').unlink()
-    assert 'net.pth.tar carries no mean_std' in notes(lambda: run_test(here))
 
 
 def test_a_mean_std_of_rows_of_different_lengths(here):
@@ -962,42 +676,16 @@ def test_checkpoints_that_cannot_be_resumed(here, prepared, content, options, wo
 # mean_std.npy
 # ---------------------------------------------------------------------------------------------------
 
-MEAN_STD = {
-    'wrong shape': (array(np.ones(3)), ['mean_std.npy holds float64 of shape (3,)', '(2, 3)']),
-    'transposed': (array(np.ones((3, 2))), ['mean_std.npy holds float64 of shape (3, 2)', '(2, 3)']),
-    'std 0': (array(np.array([[0.5] * 3, [0.1, 0, 0.1]])), ['mean_std.npy has a standard deviation of 0 or less']),
-    'negative std': (array(np.array([[0.5] * 3, [0.1, -1, 0.1]])), ['mean_std.npy has a standard deviation']),
-    'NaN': (array(np.full((2, 3), np.nan)), ['mean_std.npy', 'expected finite floats']),
-    'pickled': (array(np.array([{}, 1], dtype=object)), ['mean_std.npy is not a plain NumPy array']),
-    'pickled code': (array(np.array([Malicious()], dtype=object)), ['mean_std.npy is not a plain NumPy array']),
-    'text': ('0.5 0.5 0.5', ['mean_std.npy is not a plain NumPy array']),
-    'empty': (b'', ['mean_std.npy is not a plain NumPy array']),
-    'truncated': (lambda path: path.write_bytes(path.read_bytes()[:-8]), ['mean_std.npy is not a plain NumPy array']),
-    'an archive': (lambda path: path.write_bytes(npz()), ['mean_std.npy']),
-    'in 0 ... 255': (array(np.array([[190.] * 3, [40.] * 3])), ['mean_std.npy']),
-}
-
-
-def npz():
-    file = io.BytesIO()
-    np.savez(file, mean=np.ones(3), std=np.ones(3))
-    return file.getvalue()
-
-
 @pytest.mark.parametrize('script', ['train', 'test'])
-@pytest.mark.parametrize('content, words', MEAN_STD.values(), ids=MEAN_STD)
-def test_refused_mean_std(data, script, content, words):
-    put(data / 'mean_std.npy', content)
+def test_refused_mean_std(data, script):
+    np.save(data / 'mean_std.npy', np.array([Malicious()], dtype=object), allow_pickle=True)
     if script == 'test':
         shutil.rmtree(data / 'images'), shutil.rmtree(data / 'labels')
         pair(data)
-    refused(lambda: RUN[script](data), *words)
-    assert not (data / 'run').exists() and not (data / 'out').exists() and not (data / 'was_run').exists()
-
-
-def test_training_without_mean_std(data):
-    (data / 'mean_std.npy').unlink()
-    refused(lambda: run_train(data), 'no ', 'mean_std.npy', 'prepare_data.py writes it')
+    refused(lambda: RUN[script](data), 'mean_std.npy is not a plain NumPy array')
+    assert not any((data / name).exists() for name in ('out', 'run', 'was_run'))
+    pickle.loads(pickle.dumps(Malicious()))                                # it would have been seen
+    assert (data / 'was_run').exists()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1005,105 +693,30 @@ def test_training_without_mean_std(data):
 # ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('script, options, words', [
-    *[(script, ['--no-such', '1'], ['--no-such']) for script in ('prepare', 'test', 'train')],
-    *[(script, ['--seed', 'x'], ["--seed is 'x'", 'expected a whole number']) for script in ('prepare', 'train')],
-    ('prepare', ['--dataset', 'CoNSeP'], ['CoNSeP', 'MultiOrgan']),
-    ('prepare', ['--patch-size', '0'], ['--patch-size is 0', 'at least 1']),
-    ('prepare', ['--patch-size', '-5'], ['--patch-size is -5', 'at least 1']),
+    ('prepare', ['--no-such', '1'], ['--no-such']),
     ('prepare', ['--patch-size', '65'], ['64 x 64 pixels is smaller than a patch of 65 x 65']),
-    ('prepare', ['--patch-size', '32.5'], ["--patch-size is '32.5'", 'whole number']),
-    ('prepare', ['--sigma', '0'], ['--sigma is 0.0', 'at least']),
-    ('prepare', ['--sigma', 'nan'], ['--sigma is nan']),
-    ('prepare', ['--sigma', 'inf'], ['sigma']),
-    ('prepare', ['--w0', '-1'], ['--w0 is -1.0', 'at least 0']),
-    ('prepare', ['--w0', 'inf'], ['w0']),
-    ('prepare', ['--workers', '0'], ['--workers is 0', 'at least 1']),
-    ('prepare', ['--seed', '-1'], ['--seed is -1', 'at least 0']),
     ('prepare', ['--fractions', '0.5', '0.5', '0.5'], ['--fractions is 0.5 0.5 0.5', 'add up to 1']),
     ('prepare', ['--fractions', '0', '1', '0'], ['--fractions is 0 1 0', 'above 0']),
     ('prepare', ['--fractions', 'nan', '0.5', '0.5'], ['--fractions']),
-    ('prepare', ['--fractions', '0.5', '0.5'], ['--fractions', 'expected 3 numbers']),
-    ('prepare', ['--scale-16bit', '9', '3'], ['--scale-16bit', 'LO < HI']),
-    ('prepare', ['--scale-16bit', 'nan', 'nan'], ['--scale-16bit', 'LO < HI']),
     ('prepare', ['--max-megapixels', '0.001'], ['megapixels', '0.001']),
-    ('prepare', ['--max-megapixels', 'nan'], ['--max-megapixels is nan']),
     ('prepare', ['--anchor', 'nobody'], ["anchor 'nobody'", '--anchor']),
-    ('prepare', ['--split', 'nowhere.json'], ['nowhere.json']),
+    ('prepare', ['--split', 'nowhere.json'], ['no such file: nowhere.json; expected a JSON object of lists']),
     ('prepare', ['--label-dir', ''], ['--label-dir']),
-    ('test', ['--batch-size', '-1'], ['--batch-size is -1', 'at least']),
-    ('test', ['--patch-size', '-64'], ['--patch-size is -64', 'at least 0']),
-    ('test', ['--overlap', '-1'], ['--overlap is -1', 'at least 0']),
     ('test', ['--overlap', '64'], ['--overlap is 64', 'less than --patch-size, 64']),
-    ('test', ['--overlap', '100'], ['--overlap is 100', 'less than --patch-size, 64']),
-    ('test', ['--min-area', '-1'], ['--min-area is -1']),
-    ('test', ['--radius', '-1'], ['--radius is -1']),
-    ('test', ['--tta', 'some'], ["--tta is 'some'", 'expected full, flips or none']),
-    ('test', ['--save-flag', 'maybe'], ["--save-flag is 'maybe'", 'True or False']),
     ('test', ['--gpu', '99,100'], ['GPU 99', 'CUDA GPUs were found', '--gpu cpu']),
-    ('test', ['--gpu', '9'], ['GPU 9', 'CUDA GPUs were found', '--gpu cpu']),
-    ('test', ['--gpu', 'x'], ["--gpu is 'x'", 'expected GPU numbers']),
-    ('test', ['--gpu', '-1'], ['--gpu']),
-    ('test', ['--n-layers', '5'], ['--dilations, --n-layers', '5']),
-    ('test', ['--in-c', '1'], ['--in-c is 1', 'expected 3']),
-    ('test', ['--max-megapixels', '0'], ['megapixels']),
+    ('test', ['--max-megapixels', '0.001'], ['more than max_megapixels = 0.001']),
     ('test', ['--scale-factor', '1e9'], ['--scale-factor 1e+09 makes an image of 64000000000', 'megapixels']),
-    ('test', ['--transform.test.scale', '0'], ['scale']),
-    ('test', ['--transform.test.scale', '-8'], ['scale']),
-    ('train', ['--batch-size', '0'], ['--batch-size is 0', 'at least 1']),
-    ('train', ['--batch-size', '2.5'], ["--batch-size is '2.5'", 'whole number']),
-    ('train', ['--batch-size'], ['--batch-size', 'expected one argument']),
-    ('train', ['--input-size', '0'], ['--input-size is 0', 'at least 1']),
-    ('train', ['--input-size', '-40'], ['--input-size is -40', 'at least 1']),
-    ('train', ['--epochs', '0'], ['--num-epochs is 0', 'at least 1']),
-    ('train', ['--epochs', '-1'], ['--num-epochs is -1', 'at least 1']),
-    ('train', ['--log-interval', '0'], ['--log-interval is 0']),
-    ('train', ['--workers', '-1'], ["--workers is '-1'"]),
+    ('train', ['--no-such', '1'], ['--no-such']),
     ('train', ['--val-overlap', '40'], ['--val-overlap is 40', 'less than --input-size, 40']),
-    ('train', ['--val-overlap', '-2'], ['--val-overlap is -2']),
-    ('train', ['--input-size', '65'], ['65']),
-    ('train', ['--alpha', '-0.5'], ['--alpha is -0.5', 'at least 0']),
-    ('train', ['--alpha', 'nan'], ['--alpha is nan']),
-    ('train', ['--alpha', 'inf'], ['']),
-    ('train', ['--lr', '-1'], ['--lr is -1.0']),
-    ('train', ['--lr', 'inf', '--epochs', '3'], ['']),
-    ('train', ['--drop-rate', '1'], ['--drop-rate is 1.0', 'less than 1']),
-    ('train', ['--ema-decay', '1'], ['--ema-decay is 1.0', 'less than 1']),
-    ('train', ['--growth-rate', '0'], ['--growth-rate is 0']),
-    ('train', ['--compress-ratio', '0'], ['compress']),
-    ('train', ['--out-c', '2'], ['--out-c is 2', 'at least 3']),
-    ('train', ['--n-layers', '3'], ['--dilations, --n-layers', '3']),
-    ('train', ['--dilations', '3', '--n-layers', '6'], ['--dilations, --n-layers', '3']),
-    ('train', ['--dilations', '0'], ['--dilations is 0', 'at least 1']),
-    ('train', ['--dilations', '1', 'x'], ["--dilations is '1 x'"]),
-    ('train', ['--lr-schedule', 'onecycle', '--warmup-epochs', '2'], ['--warmup-epochs is 2', 'warm-up of its own']),
-    ('train', ['--lr-schedule', 'step'], ["--lr-schedule is 'step'", 'none, cosine, onecycle']),
-    ('train', ['--name', 'UNet'], ["--name is 'UNet'", 'FullNet']),
-    ('train', ['--seed', '99999999999999999999'], ['--seed']),
     ('train', ['--gpu', '7'], ['GPU 7', 'CUDA GPUs were found']),
-    ('train', ['--gpu', '0,99'], ['GPU', 'CUDA GPUs were found']),
-    ('train', ['--transform.train.random_crop', '-5'], ['random_crop']),
-    ('train', ['--transform.train.random_crop', '0'], ['random_crop']),
-    ('train', ['--transform.train.random_resize', '0', '0'], ['random_resize']),
-    ('train', ['--transform.train.random_resize', '-1', '1'], ['random_resize']),
-    ('train', ['--transform.train.random_elastic', '0', '1'], ['random_elastic']),
-    ('train', ['--transform.train.label_encoding', '-1'], ['label_encoding']),
-    ('train', ['--transform.train.to_tensor', 'none'], ['to_tensor is none', 'expected 1']),
-    ('train', ['--transform.train.to_tensor', '3'], ['to_tensor is 3', 'expected 1']),
-    ('train', ['--transform.val.label_encoding', 'none'], ['label_encoding is none', 'expected a radius']),
-    *[('train', [f'--transform.train.{name}', *words], [f'{name} is {" ".join(words)}', 'finite'])
-      for name, *words in (('random_affine', 'inf'), ('random_rotation', 'inf'), ('random_resize', '1.0', 'inf'))],
-    ('train', ['--max-minutes', 'inf'], ['--max-minutes is inf', 'finite']),
-    ('train', ['--checkpoint-path', ''], ["--checkpoint is ''", 'leave it out']),
-    ('train', ['--save-dir', ''], ["--save-dir is ''", 'leave it out']),
-    ('test', ['--save-dir', ''], ["--save-dir is ''"]),
-    ('test', ['--model-path', ''], ["--model-path is ''"]),
-    ('prepare', ['--data-dir', ''], ["--data-dir is ''"]),
-    ('test', ['--scale-factor', 'inf'], ['--scale-factor is inf', 'finite']),
-    ('train', ['--transform.train.scale', '0'], ['scale']),
-    ('train', ['--transform.nowhere.scale', '1'], ['--transform.nowhere.scale']),
-    ('train', ['--data-dir', 'nowhere'], ['nowhere', 'mean_std.npy']),
+    ('train', ['--compress-ratio', '0'], ['compress']),
+    ('train', ['--data-dir', 'nowhere'], ['nowhere', 'mean_std.npy', 'prepare_data.py writes it']),
+    ('weight_map', ['--no-such'], ['--no-such']),
+    ('weight_map', ['--sigma', 'x'], ['--sigma']),
+    ('weight_map', ['--sigma', '0'], ['sigma']),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) and value[:1] and value[0].startswith('--') else None)
 def test_refused_options(here, prepared, script, options, words):
+    """What is seen before any file is read is in test_options.py."""
     if script == 'train':
         folder = [] if '--data-dir' in options else ['--data-dir', str(prepared)]
         refused(lambda: run_train(here, *folder, *options), *words)
@@ -1112,30 +725,6 @@ def test_refused_options(here, prepared, script, options, words):
         pair(here)
         refused(lambda: RUN[script](here, *options), *words)
         assert not made_of(here / 'out')
-
-
-@pytest.mark.parametrize('options', [['--sigma', '0'], ['--sigma', '-1'], ['--sigma', 'nan'], ['--w0', '-1'],
-                                     ['--w0', 'inf']])
-def test_refused_options_of_weight_map(here, options):
-    pair(here)
-    refused(lambda: run_weight_map(here, *options), options[0].strip('-'))
-    assert not made_of(here / 'out')
-
-
-@pytest.mark.parametrize('options', [['--sigma', 'x'], ['--no-such']])
-def test_flags_of_weight_map(here, capsys, options):
-    """argparse itself would print several lines, and exit."""
-    pair(here)
-    refused(lambda: run_weight_map(here, *options), options[0])
-
-
-def test_odd_overlaps(here, data):
-    """Odd overlaps are fine, in testing and in training."""
-    run_train(data, '--val-overlap', '9')
-    shutil.rmtree(here / 'images'), shutil.rmtree(here / 'labels')
-    pair(here)
-    run_test(here, '--patch-size', '40', '--overlap', '13')
-    assert tifffile.imread(here / 'out/images_segmentation/x_seg.tiff').shape == (64, 64)
 
 
 def test_images_shrunk_to_nothing(data):
@@ -1148,13 +737,6 @@ def test_a_batch_larger_than_the_data_set(data):
     """It is one short batch."""
     run_train(data, '--batch-size', '50')
     assert load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['step'] == 1
-
-
-def test_a_run_folder_that_is_in_use(data):
-    run_train(data)
-    before = (data / 'run/checkpoints/checkpoint.pth.tar').read_bytes()
-    refused(lambda: run_train(data), f'{data}/run is not empty', '--checkpoint-path', '--overwrite True')
-    assert (data / 'run/checkpoints/checkpoint.pth.tar').read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1253,7 +835,8 @@ def test_programs_train_on_one_run(data):
         one_line(second, 2, 'run is being written by another process')
         wait_for(data / latest, first)
         for words in ([*SMALL, *run], [*SMALL, *run, '--overwrite', 'True'], ['--checkpoint-path', latest]):
-            refused(lambda: train.main(words), 'run is being written by another process', f'process {first.pid} on')
+            with pytest.raises(InputError, match=f'run is being written by another process .process {first.pid} on'):
+                train.main(words)
         assert first.poll() is None and (data / 'run/.lock').exists()
         first.kill()                                                 # not its loader process
         first.wait()
@@ -1301,8 +884,8 @@ def cleared(run):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize('happens', [moved, missing, cleared, a_file, moved_and_replaced])
-@pytest.mark.parametrize('minutes', ['0', '10'], ids=['in the epoch', 'at its end'])
+@pytest.mark.parametrize('happens, minutes', [(moved, '0'), (moved, '10'), (cleared, '10'), (a_file, '0'),
+                                              (moved_and_replaced, '10')])
 def test_the_run_folder_goes_away_while_training(here, prepared, monkeypatch, happens, minutes):
     """Training ends with one line; nothing is written where the folder was, and what was moved can be resumed."""
     log_epoch = run_folder.Run.log_epoch
@@ -1328,66 +911,6 @@ def test_the_run_folder_goes_away_while_training(here, prepared, monkeypatch, ha
 
 
 # ---------------------------------------------------------------------------------------------------
-# Annotation XML
-# ---------------------------------------------------------------------------------------------------
-
-BOMB = '<!DOCTYPE lolz [<!ENTITY a "ha">' + ''.join(
-    f'<!ENTITY {new} "{f"&{old};" * 10}">' for old, new in zip('abcdefgh', 'bcdefghi')) + ']>'
-FILE_ENTITY = '<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/passwd">]>'
-
-
-@pytest.mark.parametrize('content, words', [
-    ('', ['x.xml is not well-formed XML', 'expected an ImageScope annotation']),
-    ('no tags', ['x.xml is not well-formed XML']),
-    (annotation_xml([rectangle(1, 1, 9, 9)])[:-20], ['x.xml is not well-formed XML']),
-    (b'\x89PNG\r\n\x1a\n\0\0', ['x.xml is not well-formed XML']),
-    ('<annotation><object/></annotation>', ['x.xml is not an ImageScope annotation', 'root element annotation']),
-    ('<!DOCTYPE Annotations>' + annotation_xml([rectangle(1, 1, 9, 9)]), ['x.xml has a document type declaration']),
-    (BOMB + '<Annotations>&i;</Annotations>', ['x.xml has a document type declaration', 'entities']),
-    (FILE_ENTITY + '<Annotations>&e;</Annotations>', ['x.xml has a document type declaration', 'remove']),
-    (annotation_xml([]), ['x.xml holds no region']),
-    ('<Annotations/>', ['x.xml holds no region']),
-    (annotation_xml([[(1, 1), ('NaN', 2), (3, 3)]]), ['x.xml, region 1', 'finite numbers', 'NaN']),
-    (annotation_xml([[(1, 1), ('inf', 2), (3, 3)]]), ['x.xml, region 1', 'finite numbers', 'inf']),
-    (annotation_xml([[(1, 1), ('1e999', 2), (3, 3)]]), ['x.xml, region 1', 'finite numbers']),
-    (annotation_xml([[(1, 1), ('', 2), (3, 3)]]), ['x.xml, region 1', 'finite numbers']),
-    (annotation_xml([[(1, 1), (4, 1), (3, 3)]]).replace(' Y="1"', '', 1), ['x.xml, region 1', 'finite numbers']),
-    ('<?xml version="1.0" encoding="none"?>' + annotation_xml([rectangle(1, 1, 9, 9)]), ['x.xml is not well-formed']),
-    ('<Annotations>' * 5000, ['x.xml']),
-], ids=['empty', 'text', 'truncated', 'binary', 'other schema', 'DTD', 'entity expansion', 'external entity',
-        'no regions', 'nothing', 'NaN', 'inf', 'overflow', 'no number', 'no Y', 'unknown encoding', 'deep'])
-def test_refused_annotations(here, content, words):
-    pair(here, label=content, label_name='x.xml')
-    refused(lambda: run_prepare(here), *words)
-    assert not made_of(here / 'out')
-
-
-def circle(count, radius=25):
-    angle = np.linspace(0, 2 * np.pi, count, endpoint=False)
-    return list(zip((32 + radius * np.cos(angle)).round(4), (32 + radius * np.sin(angle)).round(4)))
-
-
-@pytest.mark.parametrize('regions, area', [
-    ([circle(100_000)], np.pi * 25 ** 2),
-    ([rectangle(-1e300, -1e300, 1e300, 1e300)], 64 ** 2),
-    ([rectangle(1e12, 1e12, 2e12, 2e12), rectangle(1, 1, 65, 65)], 64 ** 2),
-    ([rectangle(-50, 11, 1e7, 20)], 64 * 9),          # half a pixel at the top and at the bottom is not in it
-], ids=['100,000 vertices', 'huge', 'far outside', 'a wide one'])
-def test_accepted_annotations(here, regions, area):
-    pair(here, label=annotation_xml(regions), label_name='x.xml')
-    started = time.monotonic()
-    run_prepare(here)
-    assert time.monotonic() - started < 8
-    found = pixels(next((here / 'out/labels_instance').glob('*/x_label.png')))
-    assert (found > 0).sum() == pytest.approx(area, rel=0.05)
-
-
-def test_regions_without_enough_vertices_are_noted(here):
-    pair(here, label=annotation_xml([[(1, 1), (2, 2)], rectangle(1, 1, 9, 9)]), label_name='x.xml')
-    assert 'x.xml: 1 of 2 regions have fewer than 3 vertices' in notes(lambda: run_prepare(here))
-
-
-# ---------------------------------------------------------------------------------------------------
 # Numerics
 # ---------------------------------------------------------------------------------------------------
 
@@ -1395,8 +918,7 @@ ONE_CLASS = {'background': ternary_label(np.zeros((64, 64), int)), 'inside': ter
              'contour': np.full((64, 64, 3), (0, 255, 0), np.uint8)}
 
 
-@pytest.mark.parametrize('one_class', ONE_CLASS)
-@pytest.mark.parametrize('shade', [0, 255])
+@pytest.mark.parametrize('one_class, shade', [('background', 255), ('inside', 0), ('contour', 255)])
 def test_training_on_one_colour_and_one_class(data, one_class, shade):
     for path in (data / 'images').glob('*/*.png'):
         put(path, np.full((64, 64, 3), shade, np.uint8))
@@ -1411,8 +933,7 @@ def test_training_on_one_colour_and_one_class(data, one_class, shade):
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
-@pytest.mark.parametrize('one_class', ONE_CLASS)
-@pytest.mark.parametrize('shade', [0, 128, 255])
+@pytest.mark.parametrize('one_class, shade', [('background', 0), ('inside', 128), ('contour', 255)])
 def test_transforms_of_one_colour_and_one_class(one_class, shade):
     """Every transform that there is, drawn anew ten times: nothing but finite numbers, and classes 0 to 2."""
     words = {'random_resize': [0.5, 2], 'horizontal_flip': True, 'vertical_flip': True, 'random_affine': 0.9,
@@ -1470,18 +991,6 @@ def test_weights_are_finite_and_at_most_w0(w0, sigma):
         assert np.isfinite(w).all() and w.min() >= 0 and w.max() <= w0
         stored = weight_map.encode_weight_map(w)
         assert stored.min() >= 20 and stored.max() / 20 <= w0 + 1 + 0.025        # rounded to 0.05
-
-
-@pytest.mark.parametrize('w0', [0, 1.3, 10, 11.75])
-def test_weights_are_never_above_w0_plus_1(here, w0):
-    touching = np.zeros((64, 64), np.uint8)
-    touching[10:30, 10:30], touching[10:30, 30:50], touching[31:50, 12:40] = 1, 2, 3
-    pair(here, label=touching)
-    run_prepare(here, '--w0', str(w0))
-    largest = max(pixels(path).max() for path in (here / 'out/weight_maps').glob('*/x_*.png'))
-    assert largest / 20 <= w0 + 1                      # d1 + d2 is 1 at least: on one boundary, beside the other
-    assert largest / 20 == pytest.approx(w0 * np.exp(-1 / 50) + 1, abs=0.026)
-    assert min(pixels(path).min() for path in (here / 'out/weight_maps').glob('*/*.png')) >= 20
 
 
 def test_preparing_images_of_one_colour_only(here):
@@ -1579,29 +1088,27 @@ def many(folder, count, size=300):
                 os.link(folder / part / 'n0.png', folder / part / f'n{k}.png')
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_program_prepare_data_is_stopped(here, number, code):
+def test_program_prepare_data_is_stopped(here):
     many(here, 300)
     process = start('prepare', '--like', 'MultiOrgan', '--img-dir', 'images', '--label-dir', 'labels', '--data-dir',
                     'out', '--patch-size', '100')
     while not list(here.glob('.out.preparing/new/images/*/n*.png')):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code and 'Traceback' not in error, error
+    assert process.returncode == 143 and 'Traceback' not in error, error
     assert not (here / 'out').exists() and not (here / '.out.preparing').exists()
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_program_test_is_stopped(here, number, code):
+def test_program_test_is_stopped(here):
     many(here, 500, 100)
     process = start('test', *TEST, '--img-dir', 'images', '--label-dir', 'labels', '--model-path', 'net.pth.tar',
                     '--save-dir', 'out')
     wait_for(here / 'out/images_records/n0.json', process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code and 'Traceback' not in error, error
+    assert process.returncode == 130 and 'Traceback' not in error, error
     assert not temporary_files(here) and not (here / 'out/images_test_result.txt').exists()
     assert all(tifffile.imread(path).shape == (100, 100) for path in here.glob('out/*/*_seg.tiff'))
     for path in here.glob('out/images_records/*.json'):
@@ -1726,16 +1233,6 @@ def test_too_little_memory(error, code):
         assert line.startswith('error: not enough memory (') and '--batch-size' in line and '\n' not in line
 
 
-def test_program_without_permission(open_folder):
-    """The network may not be read by the user who asks."""
-    (open_folder / 'net.pth.tar').chmod(0)
-    code = (f'import os, sys; sys.path.insert(0, {str(ROOT)!r}); import test; from PIL import Image; '
-            'from support.script import run_script; '
-            f'Image.init(); os.setgid(65534); os.setuid(65534); run_script(test.main)')
-    one_line(start('test', *TEST, '--img-dir', 'images', '--model-path', 'net.pth.tar', '--save-dir', 'out', code=code,
-                   cwd=open_folder), 2, 'net.pth.tar', 'ermission')
-
-
 @pytest.fixture
 def full_disk(here):
     """A disk of 64 KiB."""
@@ -1748,8 +1245,7 @@ def full_disk(here):
 
 
 @pytest.mark.parametrize('script, words', [('prepare', ['--data-dir', 'disk/out']),
-                                           ('test', ['--save-dir', 'disk/out']),
-                                           ('weight_map', ['--save-dir', 'disk/out'])])
+                                           ('test', ['--save-dir', 'disk/out'])])
 def test_a_full_disk(here, full_disk, script, words):
     """What is written before the disk is full is whole."""
     many(here, 20, 100)
@@ -1758,13 +1254,6 @@ def test_a_full_disk(here, full_disk, script, words):
     assert isinstance(caught.value, InputError) or caught.value.errno == errno.ENOSPC, repr(caught.value)
     assert not temporary_files(here)
     assert all(path.stat().st_size and Image.open(path).load() for path in full_disk.rglob('*.png'))
-
-
-def test_training_on_a_full_disk(data, full_disk):
-    with pytest.raises((OSError, InputError)) as caught:
-        run_train(data, '--save-dir', 'disk/run')
-    assert isinstance(caught.value, InputError) or caught.value.errno == errno.ENOSPC, repr(caught.value)
-    assert not temporary_files(data)
 
 
 def test_program_on_a_full_disk(here, full_disk):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import test
 import train
 from dataset import EpochBatches
 from miniature import SMALL, make_multi_organ
@@ -60,16 +61,26 @@ def finish(process, code=0):
     return error
 
 
-def test_two_processes_compute_what_one_does_and_either_goes_on_with_the_other_s_run(data, tmp_path):
+def run_frozen(monkeypatch, *words):
+    """FROZEN in this process, whose classes are put back afterwards."""
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch.nn.BatchNorm2d, 'train'), (torch.nn.BatchNorm2d, 'forward'),
+                            (torch.optim.Adam, 'step')):
+            patch.setattr(owner, name, getattr(owner, name))
+        patch.setattr(sys, 'argv', ['frozen.py', *map(str, words)])
+        exec(FROZEN, {})
+
+
+def test_two_processes_compute_what_one_does_and_either_goes_on_with_the_other_s_run(data, tmp_path, monkeypatch):
     """Losses and gradients of every step, of which the last has one image for two processes; EMA, validation."""
     script = tmp_path / 'frozen.py'
     script.write_text(FROZEN)
     words = [*SMALL, '--data-dir', data, '--drop-rate', '0', '--ema-decay', '0.9', '--batch-size', '4', '--epochs', '2']
-    finish(start(sys.executable, script, tmp_path / 'one.pt', *words, '--save-dir', tmp_path / 'one'))
+    run_frozen(monkeypatch, tmp_path / 'one.pt', *words, '--save-dir', tmp_path / 'one')
     finish(start(*TORCHRUN, script, tmp_path / 'two.pt', *words, '--epochs', '1', '--save-dir', tmp_path / 'two'))
     path = 'checkpoints/checkpoint.pth.tar'
     resume = ['--checkpoint-path', tmp_path / 'two' / path, '--epochs', '2']
-    finish(start(sys.executable, script, tmp_path / 'rest.pt', *resume))
+    run_frozen(monkeypatch, tmp_path / 'rest.pt', *resume)
 
     one, *parts = (torch.load(tmp_path / f'{name}.pt') for name in ('one', 'two', 'rest'))
     assert [len(one), *map(len, parts)] == [4, 2, 2]
@@ -118,10 +129,9 @@ def test_a_killed_process_ends_the_run_with_a_message_and_a_checkpoint(data, tmp
     goes_on(path)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_all_processes_after_the_same_step_with_a_checkpoint(data, tmp_path, number):
+def test_a_signal_stops_all_processes_after_the_same_step_with_a_checkpoint(data, tmp_path):
     process, path = running(tmp_path, data, '--workers', '1')
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and f'go on with: python train.py --checkpoint-path {path}' in error
     assert 'another process' not in error and error.count('stopping after this step') == 1
@@ -133,7 +143,7 @@ def test_images_are_shared_out_in_testing(data, tmp_path):
     words = ['--model-path', tmp_path / 'run/checkpoints/checkpoint_best.pth.tar',
              '--img-dir', data / 'images/test_same', '--label-dir', data / 'labels_instance/test', '--tta', 'none',
              '--gpu', 'cpu']
-    finish(start(sys.executable, ROOT / 'test.py', *words, '--save-dir', tmp_path / 'one'))
+    test.main([*map(str, words), '--save-dir', str(tmp_path / 'one')])
     finish(start(*TORCHRUN, ROOT / 'test.py', *words, '--save-dir', tmp_path / 'two'))
     files = [[p.relative_to(tmp_path / name) for p in sorted((tmp_path / name).rglob('*')) if p.is_file()]
              for name in ('one', 'two')]
@@ -156,8 +166,12 @@ def test_gpus_of_several_processes(monkeypatch):
         choose_device('auto', 2, 3)
 
 
-def test_a_batch_smaller_than_the_number_of_processes_is_refused(data, tmp_path):
-    error = finish(start(*TORCHRUN, ROOT / 'train.py', *SMALL, '--data-dir', data, '--save-dir', tmp_path / 'run',
-                         '--batch-size', '1'), code=1)
-    assert 'error: --batch-size is 1, for 2 processes; expected at least 2: it counts' in error
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(data, tmp_path, monkeypatch):
+    class FirstOfTwo(devices.Processes):
+        def __init__(self, gpu):
+            super().__init__(gpu)
+            self.count = 2
+    monkeypatch.setattr(train, 'Processes', FirstOfTwo)
+    with pytest.raises(InputError, match='--batch-size is 1, for 2 processes; expected at least 2: it counts'):
+        train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--batch-size', '1'])
     assert not (tmp_path / 'run').exists()

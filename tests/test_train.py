@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import test
 import train
-from miniature import SMALL, make_glas, make_multi_organ
+from miniature import SMALL, calls_of, make_glas, make_multi_organ
 from options import TRAIN, Options
 from support import checkpoints, devices, files, run_folder
 from support.checkpoints import load_checkpoint, save_checkpoint
@@ -235,17 +235,12 @@ def test_pixel_results_are_those_of_the_arrays():
     assert [value.item() for value in train.pixel_results(logits, target)] == pytest.approx(expected, abs=1e-6)
 
 
-def test_workers_gpu_and_data_dir_reach_what_runs(data, tmp_path, monkeypatch):
+def test_workers_reach_the_loader(data, tmp_path, monkeypatch):
     asked = []
     loader = train.DataLoader
     monkeypatch.setattr(train, 'DataLoader', lambda *a, **k: (asked.append(k['num_workers']), loader(*a, **k))[1])
     run(data, tmp_path / 'a', '--workers', '1')
     assert asked[0] == 1
-    with pytest.raises(InputError, match='--gpu asks for GPU 99'):
-        run(data, tmp_path / 'b', '--gpu', '99,')
-    with pytest.raises(InputError, match='no .*nowhere.mean_std.npy; prepare_data.py writes it'):
-        run(tmp_path / 'nowhere', tmp_path / 'b')
-    assert not (tmp_path / 'b').exists()
 
 
 def test_init_from_starts_from_other_weights(base, data, tmp_path):
@@ -383,8 +378,7 @@ class Stop(Exception):
     """Ends a run as abruptly as a crash would."""
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
-@pytest.mark.parametrize('steps', [3, 4])
+@pytest.mark.parametrize('workers, steps', [('0', 3), ('0', 4), ('2', 3)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, workers, steps):
     """4 epochs of 2 steps, against a crash after 3 or 4 steps and a resume: weights, averages, optimizer, results."""
     options = [*FOUR_EPOCHS, '--workers', workers, '--checkpoint-minutes', '0']
@@ -489,9 +483,6 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
     with pytest.raises(InputError, match='--init-from and --checkpoint-path both give weights'):
         run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'), '--init-from',
             str(base[2] / 'checkpoints/checkpoint.pth.tar'))
-    torch.save({**published, 'optimizer': {}}, tmp_path / 'published.pth.tar')
-    with pytest.raises(InputError, match='holds no optimizer state, .* with --init-from'):
-        run(data, tmp_path / 'other', '--checkpoint-path', str(tmp_path / 'published.pth.tar'))
 
 
 def test_weights_that_come_with_the_code_are_not_resumed(base, tmp_path):
@@ -513,15 +504,14 @@ def test_an_option_that_an_older_checkpoint_lacks_has_its_default(base, data, tm
     assert checkpoint['epoch'] == older['epoch'] + 1 and checkpoint['options']['train']['val_every'] == 1
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_say_how_to_go_on(data, tmp_path, number, code):
+def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *SMALL, '--data-dir', str(data), '--save-dir',
                                 str(tmp_path / 'run'), '--epochs', '10000', '--workers', '1'],
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar', process)
-    os.killpg(process.pid, number)                       # as Ctrl-C and batch systems do: the loader's processes too
+    os.killpg(process.pid, signal.SIGINT)                # as Ctrl-C and batch systems do: the loader's processes too
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code and 'Traceback' not in error
+    assert process.returncode == 130 and 'Traceback' not in error
     assert f'go on with: python train.py --checkpoint-path {tmp_path}/run/checkpoints/checkpoint.pth.tar' in error
     step = load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['step']
     assert step > 0
@@ -542,23 +532,6 @@ def test_python_ends_after_an_error_that_leaves_a_loader_process(data, tmp_path)
     done = subprocess.run([sys.executable, '-c', code, *words], env={**os.environ, 'PYTHONPATH': str(ROOT)},
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, ['1'])
-
-
-def test_kill_leaves_a_checkpoint_that_can_be_resumed(data, tmp_path):
-    path = tmp_path / 'run' / 'checkpoints' / 'checkpoint.pth.tar'
-    words = [*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--epochs', '10000',
-             '--checkpoint-minutes', '0']
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *words], stderr=subprocess.DEVNULL)
-        wait_for(path, process)
-        time.sleep(rng.uniform(0, 1))
-        process.kill()
-        process.wait()
-        step = load_checkpoint(path)['step']
-        words = ['--checkpoint-path', str(path)]
-    train.main([*words, '--epochs', str(step // 2 + 2)])
-    assert load_checkpoint(path)['epoch'] == step // 2 + 2
 
 
 @pytest.mark.parametrize('kind, said', [(torch.OutOfMemoryError, 'CUDA out of memory. Tried to allocate 2.00 GiB.'),
@@ -619,11 +592,9 @@ def test_crops_larger_than_the_images(data, tmp_path):
 
 
 def test_images_of_different_sizes_need_a_crop(data, tmp_path):
-    message = r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'
-    for workers in ('0', '1'):
-        with pytest.raises(InputError, match=message):
-            run(data, tmp_path / workers, '--transform.train.random_crop', 'none', '--workers', workers,
-                '--transform.train.random_resize', '1', '1.9', '--batch-size', '4')
+    with pytest.raises(InputError, match=r'images of a batch differ in size, \d+ x \d+ and \d+ x \d+ .*pixels; crop'):
+        run(data, tmp_path / 'run', '--transform.train.random_crop', 'none', '--transform.train.random_resize', '1',
+            '1.9', '--batch-size', '4')
 
 
 def test_the_best_checkpoint_has_a_strictly_higher_iou(data, tmp_path, monkeypatch):
@@ -650,12 +621,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(data, tmp_path):
         run(data, tmp_path / 'run', '--lr', '1e30')
 
 
-def test_a_missing_checkpoint_is_not_a_fresh_start(data, tmp_path):
-    with pytest.raises(InputError, match='no checkpoint at nothing.pth.tar'):
-        run(data, tmp_path / 'run', '--checkpoint-path', 'nothing.pth.tar')
-    assert not (tmp_path / 'run').exists()
-
-
 # ---------------------------------------------------------------------------------------------------
 # The run scripts
 # ---------------------------------------------------------------------------------------------------
@@ -664,18 +629,18 @@ def test_a_missing_checkpoint_is_not_a_fresh_start(data, tmp_path):
                                                 ('run_GlaS.sh', make_glas, ('testA',))])
 def test_run_scripts_train_and_test_the_sets_that_are_there(tmp_path, script, make, sets):
     folder = make(tmp_path / 'my data')
-    if len(sets) == 1:
-        shutil.rmtree(folder / 'images/testB')
-    environment = {**os.environ, 'DATA_DIR': str(folder),
-                   'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
     small = [word for word in SMALL if word != 'cpu' and word != '--gpu']
     if 'GlaS' in script:                                             # the run folder as a variable, and as an option
-        words, environment['SAVE_DIR'] = ['--transform.train.scale', '44'], str(tmp_path / 'run')
+        shutil.rmtree(folder / 'images/testB')
+        words, environment = ['--transform.train.scale', '44'], {'SAVE_DIR': str(tmp_path / 'run'),
+                                                                 'DATA_DIR': str(folder)}
     else:
-        words = ['--save-dir', str(tmp_path / 'run'), '--data-dir', environment.pop('DATA_DIR')]
-    said = subprocess.run(['sh', str(ROOT / 'scripts' / script), *small, *words], env=environment, check=True,
-                          cwd=tmp_path, capture_output=True, text=True).stdout
+        words, environment = ['--save-dir', str(tmp_path / 'run'), '--data-dir', str(folder)], {}
+    calls, said = calls_of(script, tmp_path, *small, *words, **environment)
     assert (f'no {folder}/images/testB: not tested\n' in said) == (len(sets) == 1)
+    assert [call[0] for call in calls] == ['train.py'] + ['test.py'] * len(sets)
+    for call in calls:
+        {'train.py': train.main, 'test.py': test.main}[call[0]](call[1:])
     for name in sets:
         table = (tmp_path / 'run' / 'best' / f'{name}_test_result.txt').read_text()
         assert table.startswith('Metrics:\tpixel_acc') and '\nAverage:\t' in table
