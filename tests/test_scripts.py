@@ -30,7 +30,7 @@ from support.script import InputError
     ('make_report', 'x --open', 'unrecognized arguments: --open'),
     ('reproduce', '', 'the following arguments are required: dataset'),
     ('reproduce', 'GlaS many', "argument minutes: invalid float value: 'many'"),
-    ('study_post_processing', 'x', 'the following arguments are required: --label-dir'),
+    ('study_post_processing', 'x', 'the following arguments are required: --label-dir, --set'),
     ('update_batch_norm', '', 'the following arguments are required: --model-path, --data-dir, --out'),
     ('verify_pretrained', '--wrong', 'unrecognized arguments: --wrong'),
 ])
