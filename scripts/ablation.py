@@ -36,7 +36,7 @@ ARMS = {                                        # name in the table: options of 
     'FullNet + varCE, no weight map': ['--use-weight-map', 'False'],
 }
 RECIPE = ['--n-layers', '4', '--growth-rate', '8', '--batch-size', '4', '--lr', '0.003', '--lr-schedule', 'onecycle',
-          '--workers', '1', '--grid-every', '0']
+          '--workers', '1']
 SCORES = {'AJI': 'published_AJI', 'Dice': 'published_Dice', 'F1': 'published_F1', 'aji': 'aji', 'pq': 'pq'}
 BUDGETS = ('equal steps', 'equal minutes')
 running = []                                    # processes of train.py and test.py

@@ -589,7 +589,7 @@ def epoch_seconds(sizes, words, published):
             stack.enter_context(mock.patch.object(train, 'windows_at_once', lambda device: 1))
         stack.enter_context(mock.patch.object(train.log, 'addHandler', lambda handler: None))
         train.main(['--data-dir', f'{folder}/data', '--save-dir', f'{folder}/run', '--epochs', '3', '--batch-size',
-                    str(sizes.batch), '--input-size', str(sizes.crop), '--grid-every', '0', *sizes.network, *words])
+                    str(sizes.batch), '--input-size', str(sizes.crop), *sizes.network, *words])
     return [statistics.median(values[1:]) for values in seconds.values()]
 
 
