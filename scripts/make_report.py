@@ -2,9 +2,10 @@
 
     python scripts/make_report.py RESULTS [--out report.html]
 
-RESULTS: the save_dir of test.py. The page is one file that needs no network and no script. It has at most about 25 MB
-of overlays: the more images there are, the smaller are their overlays. A click on an overlay enlarges it. In the table
-of a set the image of the lowest score comes first.
+RESULTS: the save_dir of test.py. The page is one file that needs no network and no script. It has at most about 28 MB
+of overlays: the more images there are, the smaller are their overlays. A click on an overlay enlarges it; its name
+leads to the overlay of full size, where the page lies in RESULTS. In the table of a set the image of the lowest score
+comes first.
 """
 import base64
 import csv
@@ -14,6 +15,7 @@ import math
 import sys
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,7 +26,7 @@ from support.files import write_text  # noqa: E402
 from support.images import read_image  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 
-OVERLAY_BYTES = 25e6             # of all overlays in the page
+OVERLAY_BYTES = 28e6             # of all overlays in the page
 LARGEST_SIDE = 1600              # pixels of an overlay; nuclei at 40x stay legible
 FIRST_SCORES = ('published_AJI', 'aji', 'pq', 'published_F1', 'published_Dice', 'published_Hausdorff')
 OBJECT_COLUMNS = {'objects': 'number of objects', 'median area': 'of the objects, in pixels',
@@ -175,9 +177,13 @@ def set_section(results, number, set_name, names, n_bytes):
         *(['<details>', '<summary>What the scores mean</summary>', '<dl>', *explained, '</dl>', '</details>']
           if scores else []),
         f'<img class="plots" src="{histograms(area, iou)}" alt="histograms of area and IoU">', '<div class="grid">',
-        *(f'<figure id="{links[name]}" tabindex="0"><img src="{jpeg_uri(folder / f"{name}_overlay.png", n_bytes)}" '
-          f'alt="{escape(name)} with the outlines of its objects"><figcaption>{escape(name)}</figcaption></figure>'
-          for name in names), '</div>'])
+        *(figure(folder / f'{name}_overlay.png', name, links[name], n_bytes) for name in names), '</div>'])
+
+
+def figure(path, name, link, n_bytes):
+    uri, name = jpeg_uri(path, n_bytes), escape(name)
+    return (f'<figure id="{link}" tabindex="0"><img src="{uri}" alt="{name} with the outlines of its objects">'
+            f'<figcaption><a href="{quote(f"{path.parent.name}/{path.name}")}">{name}</a></figcaption></figure>')
 
 
 def score_table(scores, means, definitions, objects, links):
@@ -225,7 +231,7 @@ def jpeg_uri(path, n_bytes):
     while True:
         small, buffer = image.copy(), io.BytesIO()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        small.save(buffer, 'JPEG', quality=80, subsampling=0)                 # subsampling blurs thin contours
+        small.save(buffer, 'JPEG', quality=70, subsampling=0)                 # subsampling blurs thin contours
         uri = data_uri('jpeg', buffer.getvalue())
         if len(uri) <= n_bytes or side < 32:
             return uri
