@@ -97,9 +97,7 @@ def epochs_of(arm, epochs):
     return epochs['FullNet'], epochs['FCN_pooling' if arm == 'FCN_pooling' else 'FullNet']
 
 
-# ---------------------------------------------------------------------------------------------------
 # Budgets
-# ---------------------------------------------------------------------------------------------------
 
 def budgets(out, minutes, words, threads, n_images):
     """Epochs of FullNet and of FCN_pooling in `minutes`; measured once, then read from budgets.json."""
@@ -127,9 +125,7 @@ def planned_steps(arm, out, minutes, words, threads, steps_per_epoch):
     return load_checkpoint(folder / 'checkpoints' / 'checkpoint.pth.tar')['steps_planned']
 
 
-# ---------------------------------------------------------------------------------------------------
 # Runs
-# ---------------------------------------------------------------------------------------------------
 
 def finished(job, out, words, data_dir, threads):
     """Train and test a job unless that was done before: dict of its scores, steps and minutes."""
@@ -173,9 +169,7 @@ def call(words, threads, log):
         raise InputError(f'{Path(words[1]).name} ended with exit code {code}; see {log}, then start this again')
 
 
-# ---------------------------------------------------------------------------------------------------
 # Table and picture
-# ---------------------------------------------------------------------------------------------------
 
 def of_arm(scores, arm, budget, seeds, epochs, name):
     """The score `name` of an arm under a budget, of every seed, (n seeds,)."""

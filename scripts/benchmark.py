@@ -206,8 +206,9 @@ def print_speeds(functions, repeats, unit, count, work):
 
 
 def benchmark_step(args):
-    print(f'Training step: default FullNet, batch {args.batch} of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
-    print_speeds({mode: make_step(mode, args.batch) for mode in MODES}, args.repeats, 'patches', args.batch,
+    batch = args.batch or 2
+    print(f'Training step: default FullNet, batch {batch} of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
+    print_speeds({mode: make_step(mode, batch) for mode in MODES}, args.repeats, 'patches', batch,
                  gflop_per_patch(FullNet(3, 3)))
 
 
@@ -219,7 +220,7 @@ def peak_gigabytes(mode, batch, threads):
 
 
 def benchmark_memory(args):
-    batch = args.batch if args.batch_given else 8
+    batch = args.batch or 8
     peaks = {mode: peak_gigabytes(mode, batch, args.threads) for mode in MODES}
     print(f'Peak memory of a training step, batch {batch} of {SIZE} x {SIZE}')
     print_table(('', 'GB', 'of plain'),
@@ -648,8 +649,6 @@ def main(argv=None):
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--mode', choices=MODES, default='fast', help='for one_step, which memory calls')
     args = parser.parse_args(argv)
-    args.batch_given = args.batch is not None
-    args.batch = args.batch or 2
     torch.set_num_threads(args.threads)
     if args.what == 'one_step':                                  # called by memory
         return one_step(args)

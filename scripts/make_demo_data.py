@@ -58,9 +58,7 @@ IN_EPITHELIUM = {'vesicular': 0.60, 'dense': 0.35, 'lymphocyte': 0.05}       # s
 IN_STROMA = {'spindle': 0.60, 'lymphocyte': 0.20, 'dense': 0.20}
 
 
-# ---------------------------------------------------------------------------------------------------
 # Noise and shapes
-# ---------------------------------------------------------------------------------------------------
 
 def smooth_noise(rng, size, sigma):
     """Gaussian random field (size, size) of mean 0 and standard deviation 1, smooth over about `sigma` pixels.
@@ -109,9 +107,7 @@ def touches_another(label):
     return (label > 0) & ((nearby_lowest != label) | (nearby_highest != label))
 
 
-# ---------------------------------------------------------------------------------------------------
 # The parts of an image
-# ---------------------------------------------------------------------------------------------------
 
 def make_tissue(rng, size):
     """The background -> dict of float (size, size) arrays.
@@ -246,9 +242,7 @@ def make_image(rng, size):
     return np.clip(np.rint(WHITE * light + noise), 0, 255).astype(np.uint8), label.astype(np.uint16)
 
 
-# ---------------------------------------------------------------------------------------------------
 # The data set
-# ---------------------------------------------------------------------------------------------------
 
 def clear_earlier_output(out):
     """Remove the demo images and labels in the folder `out`; raises InputError if anything else is there."""

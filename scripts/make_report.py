@@ -61,9 +61,7 @@ def main(argv=None):
     print(f'report of {args.results} in {out} ({len(page.encode()) / 1e6:.1f} MB)')
 
 
-# ---------------------------------------------------------------------------------------------------
 # What test.py wrote
-# ---------------------------------------------------------------------------------------------------
 
 def find_sets(results):
     """{set: [image names]} of the `{set}_segmentation` folders in `results`, both sorted. Raises InputError."""
@@ -137,9 +135,7 @@ def parse_objects(text):
     return areas, ious if 'matched_iou' in rows.fieldnames else None
 
 
-# ---------------------------------------------------------------------------------------------------
 # The page
-# ---------------------------------------------------------------------------------------------------
 
 def report_page(results):
     """The whole page, HTML text, about the folder `results`. Raises InputError for what is missing or damaged."""
@@ -216,9 +212,7 @@ def median(values):
     return float(np.median(values)) if len(values) else None
 
 
-# ---------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------
 
 def data_uri(kind, content):
     return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
