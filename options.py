@@ -61,7 +61,6 @@ TRAIN = dict(
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),
     memory_efficient=Option(False, boolean, 'on the CPU, compute features again in the backward pass'),
-    grid_every=Option(5, int, 'epochs between two pictures of the first validation images; 0 = none', at_least=0),
     preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and stop'),
     amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; less memory, coarser sums, faster where the '
                                'processor has it (AVX512_BF16, AMX, GPUs)'),

@@ -442,17 +442,10 @@ def match_objects(pred, gt):
 
     Objects are what has one id, in however many pieces.
     """
-    both = (pred > 0) & (gt > 0)
-    pairs, intersection = np.unique(np.stack([pred[both], gt[both]]), axis=1, return_counts=True)
-    areas = [dict(zip(*(values.tolist() for values in np.unique(x[x > 0], return_counts=True)))) for x in (pred, gt)]
-    candidates = [(n / (areas[0][p] + areas[1][g] - n), p, g)
-                  for n, p, g in zip(intersection.tolist(), *pairs.tolist())]
-    matches, taken = {}, set()
-    for iou, p, g in sorted(candidates, key=lambda c: (-c[0], c[1], c[2])):
-        if p not in matches and g not in taken:
-            matches[p] = (g, iou)
-            taken.add(g)
-    return matches
+    (pred_map, _, pred_ids), (gt_map, _, gt_ids) = map(segmentation.relabel_sequential, (pred, gt))
+    table = _table(pred_map, np.bincount(pred_map.ravel()), gt_map, np.bincount(gt_map.ravel()))
+    pairs = _one_to_one(table, np.lexsort((table.gt, table.pred, -table.iou)))
+    return {int(pred_ids[table.pred[i]]): (int(gt_ids[table.gt[i]]), float(table.iou[i])) for i in pairs}
 
 
 def overlap_table(pred, gt):
@@ -462,6 +455,11 @@ def overlap_table(pred, gt):
     do not fit.
     """
     (pred_map, pred_area), (gt_map, gt_area) = map(_regions, _checked(pred, gt, '(H, W)'))
+    return _table(pred_map, pred_area, gt_map, gt_area)
+
+
+def _table(pred_map, pred_area, gt_map, gt_area):
+    """`OverlapTable` of two maps whose objects are numbered without gaps, and their areas."""
     both = (pred_map > 0) & (gt_map > 0)
     codes = gt_map[both].astype(np.int64) * len(pred_area) + pred_map[both]
     starts = np.flatnonzero(np.diff(codes, prepend=-1))          # of runs: far fewer to sort than pixels

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from support.command_line import boolean
 from support.files import save_image
 from support.images import labels_by_name, read_instance_label, refuse_same_folder
+from support.pictures import find_edges
 from support.script import InputError, Parser, run_script
 
 W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; `encode_weight_map` adds 1
@@ -80,15 +81,11 @@ def object_boundaries(instance_label):
     `boxes`, int (N, 4): first row, last row, first column, last column of the objects, in that order.
     """
     pieces = first_pieces(instance_label)
-    padded = np.pad(pieces, 1)
     slices = ndimage.find_objects(pieces)
     boundary = np.zeros(pieces.shape, np.int32)
     for index, (rows, columns) in enumerate(slices, 1):
-        piece = padded[rows.start:rows.stop + 2, columns.start:columns.stop + 2] == index
-        outside, regions = ndimage.label(~piece)                          # 4-connected; number 1 is outside the piece
-        outside = outside == 1 if regions > 1 else ~piece                 # the others are holes
-        near = outside[:-2, 1:-1] | outside[2:, 1:-1] | outside[1:-1, :-2] | outside[1:-1, 2:]
-        boundary[rows, columns][near & piece[1:-1, 1:-1]] = index
+        piece = pieces[rows, columns] == index
+        boundary[rows, columns][find_edges(ndimage.binary_fill_holes(piece)) & piece] = index
     boxes = [(rows.start, rows.stop - 1, columns.start, columns.stop - 1) for rows, columns in slices]
     return boundary, np.array(boxes, int).reshape(-1, 4)
 

@@ -4,35 +4,26 @@
         [--jobs 2] [any option of train.py, such as --growth-rate 8]
 
 Every arm is trained with every seed under two budgets. Equal steps: as many as the FullNet arms make in `--minutes`.
-Equal minutes: FCN_pooling, which is faster, makes as many steps more as its measured speed allows. Steps are fixed from
-a measurement at the start, one training at a time, kept in budgets.json, so that what else the machine does later
-changes nothing; the table has the minutes that each arm then took. Scores are
-those of the whole validation images (val_full) without test-time augmentation. A run that is finished is not run again.
+Equal minutes: FCN_pooling, which is faster, makes as many steps more as its speed allows. The speeds are those of 31
+steps at the start, one training at a time; the epochs that follow are kept in budgets.json, so that what else the
+machine does later changes nothing; the table has the minutes that each arm then took. Scores are those of the whole
+validation images (val_full) without test-time augmentation. A run that is finished is not run again.
 """
-import itertools
 import json
 import math
 import os
 import shlex
 import subprocess
 import sys
-import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train  # noqa: E402
-from dataset import EpochBatches, batch_items  # noqa: E402
-from FullNet import create_model  # noqa: E402
-from loss import VarCELoss  # noqa: E402
 from options import Options  # noqa: E402
-from support.checkpoints import load_checkpoint, load_mean_std  # noqa: E402
-from support.devices import MixedPrecision, choose_device  # noqa: E402
+from support.checkpoints import load_checkpoint  # noqa: E402
 from support.files import atomic_path, write_text  # noqa: E402
 from support.images import list_images  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
@@ -45,7 +36,7 @@ ARMS = {                                        # name in the table: options of 
     'FullNet + varCE, no weight map': ['--use-weight-map', 'False'],
 }
 RECIPE = ['--n-layers', '4', '--growth-rate', '8', '--batch-size', '4', '--lr', '0.003', '--lr-schedule', 'onecycle',
-          '--workers', '1', '--grid-every', '0']
+          '--workers', '1']
 SCORES = {'AJI': 'published_AJI', 'Dice': 'published_Dice', 'F1': 'published_F1', 'aji': 'aji', 'pq': 'pq'}
 BUDGETS = ('equal steps', 'equal minutes')
 running = []                                    # processes of train.py and test.py
@@ -106,9 +97,7 @@ def epochs_of(arm, epochs):
     return epochs['FullNet'], epochs['FCN_pooling' if arm == 'FCN_pooling' else 'FullNet']
 
 
-# ---------------------------------------------------------------------------------------------------
 # Budgets
-# ---------------------------------------------------------------------------------------------------
 
 def budgets(out, minutes, words, threads, n_images):
     """Epochs of FullNet and of FCN_pooling in `minutes`; measured once, then read from budgets.json."""
@@ -119,45 +108,24 @@ def budgets(out, minutes, words, threads, n_images):
             raise InputError(f'{path} is of another ablation ({stored["asked"]}); give another --out, or the same '
                              f'options')
         return stored['epochs']
-    opt = {name: Options(isTrain=True).parse([*words, *ARMS[name]]) for name in ('FullNet', 'FCN_pooling')}
-    seconds = {name: seconds_per_step(opt[name], threads) for name in opt}
-    steps_per_epoch = -(-n_images // opt['FullNet'].train['batch_size'])
-    epochs = {name: max(1, math.ceil(minutes * 60 / value / steps_per_epoch)) for name, value in seconds.items()}
-    write_text(path, json.dumps({'asked': asked, 'seconds_per_step': seconds, 'steps_per_epoch': steps_per_epoch,
-                                 'epochs': epochs}, indent=1) + '\n')
-    print(', '.join(f'{name}: {seconds[name]:.2f} s per step, {epochs[name]} epochs' for name in epochs))
+    steps_per_epoch = -(-n_images // Options(isTrain=True).parse(words).train['batch_size'])
+    epochs = {name: max(1, math.ceil(planned_steps(name, out, minutes, words, threads, steps_per_epoch)
+                                     / steps_per_epoch)) for name in ('FullNet', 'FCN_pooling')}
+    write_text(path, json.dumps({'asked': asked, 'epochs': epochs}, indent=1) + '\n')
+    print(', '.join(f'{name}: {n} epochs of {steps_per_epoch} steps in {minutes:g} minutes'
+                    for name, n in epochs.items()))
     return epochs
 
 
-def seconds_per_step(opt, threads, repetitions=6):
-    """Median of some training steps, after one to warm up, with the loading of their crops: who loads shares the cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    train_set = train.load_data(opt, 'train', load_mean_std(Path(opt.train['data_dir']) / 'mean_std.npy'))
-    loader = DataLoader(train_set, collate_fn=batch_items,
-                        batch_sampler=EpochBatches(len(train_set), opt.train['batch_size'], seed=0))
-    device = choose_device(opt.train['gpu'])
-    model = create_model(**opt.model).set_mode('auto', opt.train['memory_efficient'], opt.train['amp']).to(device)
-    precision = MixedPrecision(device, opt.train['amp'])
-    optimizer, criterion = torch.optim.Adam(model.parameters(), opt.train['lr']), VarCELoss(opt.train['alpha'])
-    times = [time.perf_counter()]
-    for crops in itertools.islice(loader, repetitions + 1):
-        image, weight, target, instances = train.to_device(crops, device, opt.train['use_weight_map'])
-        with precision.autocast():
-            logits = model(image)
-        optimizer.zero_grad(set_to_none=True)
-        criterion(logits.float(), target, weight, instances)[0].backward()
-        optimizer.step()
-        model.conv2.weight.sum().item()                                      # a GPU has finished the step
-        times.append(time.perf_counter())
-    torch.set_num_threads(before)
-    return float(np.median(np.diff(times)[1:]))
+def planned_steps(arm, out, minutes, words, threads, steps_per_epoch):
+    """How many steps train.py plans for `minutes` after it has timed its first 30 steps; it ends soon after them."""
+    folder, epochs = out / f'speed_of_{arm}', -(-31 // steps_per_epoch)
+    call(['train.py', *words, *ARMS[arm], '--epochs', epochs, '--val-every', epochs, '--max-minutes', minutes,
+          '--save-dir', folder, '--overwrite', 'True'], threads, out / f'speed_of_{arm}.out')
+    return load_checkpoint(folder / 'checkpoints' / 'checkpoint.pth.tar')['steps_planned']
 
 
-# ---------------------------------------------------------------------------------------------------
 # Runs
-# ---------------------------------------------------------------------------------------------------
 
 def finished(job, out, words, data_dir, threads):
     """Train and test a job unless that was done before: dict of its scores, steps and minutes."""
@@ -201,9 +169,7 @@ def call(words, threads, log):
         raise InputError(f'{Path(words[1]).name} ended with exit code {code}; see {log}, then start this again')
 
 
-# ---------------------------------------------------------------------------------------------------
 # Table and picture
-# ---------------------------------------------------------------------------------------------------
 
 def of_arm(scores, arm, budget, seeds, epochs, name):
     """The score `name` of an arm under a budget, of every seed, (n seeds,)."""

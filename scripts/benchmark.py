@@ -1,6 +1,6 @@
-"""Speed and memory of this code beside the plain version, measured in one run.
+"""Speed and memory of this code beside the plain version, measured in one run. docs/performance.md has the numbers.
 
-    python scripts/benchmark.py [step | memory | profile | loss | loader | prepare | inference | metrics | all]
+    python scripts/benchmark.py [step | memory | loss | loader | prepare | inference | metrics | all]
                                 [--batch 2] [--repeats 5] [--threads 2]
     python scripts/benchmark.py windows --model-path CHECKPOINT --image IMAGE --label LABEL
     python scripts/benchmark.py large --model-path CHECKPOINT --image IMAGE [--size 10000]
@@ -8,7 +8,7 @@
 
 Plain is what the published code does: the network's modules one by one with a torch.cat per layer (mode 'plain'), a
 loop over the instances in the loss, an elastic deformation for every channel, a pass over the image for every object in
-ternary labels, weight maps and metrics; 'plain, channels last' has our loss. The versions take turns in every repeat,
+weight maps and metrics; 'plain, channels last' has our loss. The versions take turns in every repeat,
 so that a busy machine slows both down. step and memory use the default FullNet on 208 x 208 patches; memory runs each
 version in a process of its own, and the plain one needs about 20 GB at batch 8. windows shows what larger windows buy;
 large sends an image, repeated to 10000 x 10000 pixels, through test.py in a process of its own. gpu compares, on a CUDA
@@ -20,7 +20,6 @@ import contextlib
 import copy
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,17 +48,15 @@ from FullNet import FullNet, create_model  # noqa: E402
 from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy  # noqa: E402
 from my_transforms import RandomElastic, get_transforms  # noqa: E402
 from options import Options  # noqa: E402
-from prepare_data import Reinhard_normalizer, instance_label_from_xml, read_xml_regions, ternary_label  # noqa: E402
 from support.checkpoints import WeightAverage, load_checkpoint, save_checkpoint  # noqa: E402
 from support.devices import MixedPrecision, choose_device, put_on  # noqa: E402
 from support.files import save_image  # noqa: E402
 from support.images import read_image, read_instance_label  # noqa: E402
-from support.pictures import preview  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
-from test import score, segment  # noqa: E402
-from utils import (accuracy_pixel_level, gland_accuracy_object_level, nuclei_accuracy_object_level,  # noqa: E402
-                   split_forward, standard_metrics, standard_metrics_of, window_grid)
-from weight_map import encode_weight_map, object_boundaries, weight_map  # noqa: E402
+from test import segment  # noqa: E402
+from utils import (accuracy_pixel_level, nuclei_accuracy_object_level, split_forward, standard_metrics,  # noqa: E402
+                   window_grid)
+from weight_map import object_boundaries, weight_map  # noqa: E402
 
 SIZE = 208
 MODES = {'plain': dict(mode='plain'), 'plain, channels last': dict(mode='plain'), 'fast': dict(mode='fast'),
@@ -188,50 +185,31 @@ def make_step(mode, batch):
     return step
 
 
-def gradients(mode, batch, size, dtype=torch.float32, slope=0.01):
-    """Gradients of all parameters of the default network without dropout, as one float64 vector."""
-    torch.manual_seed(0)
-    net = FullNet(3, 3, drop_rate=0).to(dtype).set_mode(mode)
-    for module in net.modules():
-        if isinstance(module, nn.LeakyReLU):
-            module.negative_slope = slope
-    image, target, weight = make_patches(batch, size, nuclei=40 * size ** 2 // SIZE ** 2)
-    varce(net(image.to(dtype)), target, weight.to(dtype)).backward()
-    return torch.cat([p.grad.double().flatten() for p in net.parameters()])
-
-
 # The benchmarks
 
-def benchmark_step(args):
-    functions = {mode: make_step(mode, args.batch) for mode in MODES}
+def print_speeds(functions, repeats, unit, count, work):
+    """Times of functions that process `count` units each, and their share of the rate of a matrix product.
+
+    work: 1e9 operations of a unit. Names with 'amp' compare with the product of bfloat16 matrices.
+    """
     matrices = {'float32': torch.randn(2048, 2048), 'bfloat16': torch.randn(2048, 2048).bfloat16()}
     products = {dtype: partial(torch.mm, a, a) for dtype, a in matrices.items()}
-    seconds = take_turns(functions | products, args.repeats)
+    seconds = take_turns(functions | products, repeats)
     peak = {dtype: 2 * 2048 ** 3 / 1e9 / min(seconds.pop(dtype)) for dtype in products}
-    print(f'Training step: default FullNet, batch {args.batch} of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
-    print_times(seconds, 'patches', args.batch)
-    work = gflop_per_patch(FullNet(3, 3)) * args.batch
-    print(f'{work / args.batch:.0f} GFLOP per patch; a product of 2048 x 2048 matrices reaches '
+    print_times(seconds, unit, count)
+    print(f'{work:.0f} GFLOP each; a product of 2048 x 2048 matrices reaches '
           + ', '.join(f'{rate:.0f} GFLOP/s in {dtype}' for dtype, rate in peak.items()))
+    rates = {name: work * count / min(times) for name, times in seconds.items()}
     print_table(('', 'GFLOP/s', 'of the matrix product'),
-                [(name, f'{work / min(s):.0f}',
-                  f'{work / min(s) / peak["bfloat16" if "amp" in name else "float32"]:.0%}')
-                 for name, s in seconds.items()])
+                [(name, f'{rate:.0f}', f'{rate / peak["bfloat16" if "amp" in name else "float32"]:.0%}')
+                 for name, rate in rates.items()])
 
 
-def benchmark_gradients(args):
-    """In float32 an input of LeakyReLU that is 0 up to rounding has either of two gradients; float64 and a slope of 1
-    show that nothing else differs."""
-    exact = gradients('plain', 2, 64, torch.float64)
-    pairs = {
-        f'fast to plain, {SIZE} x {SIZE}': [gradients(mode, args.batch, SIZE) for mode in ('fast', 'plain')],
-        f'fast to plain, {SIZE} x {SIZE}, LeakyReLU of slope 1': [gradients(mode, args.batch, SIZE, slope=1)
-                                                                  for mode in ('fast', 'plain')],
-        'fast to plain, 64 x 64, both float64': (gradients('fast', 2, 64, torch.float64), exact),
-        'fast to plain in float64, 64 x 64': (gradients('fast', 2, 64), exact),
-        'plain to plain in float64, 64 x 64': (gradients('plain', 2, 64), exact)}
-    print('Relative difference of the gradients, without dropout')
-    print_table(('', '|a - b| / |b|'), [(name, f'{(a - b).norm() / b.norm():.1e}') for name, (a, b) in pairs.items()])
+def benchmark_step(args):
+    batch = args.batch or 2
+    print(f'Training step: default FullNet, batch {batch} of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
+    print_speeds({mode: make_step(mode, batch) for mode in MODES}, args.repeats, 'patches', batch,
+                 gflop_per_patch(FullNet(3, 3)))
 
 
 def peak_gigabytes(mode, batch, threads):
@@ -242,35 +220,12 @@ def peak_gigabytes(mode, batch, threads):
 
 
 def benchmark_memory(args):
-    batch = args.batch if args.batch_given else 8
+    batch = args.batch or 8
     peaks = {mode: peak_gigabytes(mode, batch, args.threads) for mode in MODES}
     print(f'Peak memory of a training step, batch {batch} of {SIZE} x {SIZE}')
     print_table(('', 'GB', 'of plain'),
                 [(mode, f'{peak:.2f}' if peak else 'failed (out of memory?)',
                   f'{peak / peaks["plain"]:.0%}' if peak and peaks['plain'] else '') for mode, peak in peaks.items()])
-
-
-def benchmark_profile(args):
-    """Where the time of our step goes, on one thread: there the profiler sees everything."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    step = make_step('fast', 1)
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    torch.set_num_threads(threads)
-    groups = {'matrix products': ('aten::mm', 'aten::addmm'), 'first and last convolution': ('convolution',),
-              'copies, shifted or masked': ('aten::copy_', 'aten::fill_'), 'random numbers': ('random_',),
-              'batch norm': ('mean', 'sum', 'norm', 'batch_norm'), 'LeakyReLU': ('leaky_relu',),
-              'additions, multiplications, also in Adam': ('aten::add', 'aten::mul', 'aten::sub', 'aten::ge')}
-    totals = dict.fromkeys([*groups, 'Python, views and other'], 0)
-    for event in profiler.key_averages():
-        names = [group for group, keys in groups.items() if any(key in event.key for key in keys)]
-        totals[names[0] if names else 'Python, views and other'] += event.self_cpu_time_total
-    total = sum(totals.values())
-    print(f'One training step of one patch on one thread, {total / 1e6:.2f} s with the profiler')
-    print_table(('', 'ms', 'share'), [(group, f'{t / 1e3:.0f}', f'{t / total:.1%}')
-                                      for group, t in sorted(totals.items(), key=lambda item: -item[1])])
 
 
 def benchmark_loss(args):
@@ -330,17 +285,6 @@ def made_up_label(n, size=1000, seed=0):
     return label
 
 
-def plain_ternary_label(label):
-    """As published: an erosion and a dilation of the whole image for every object."""
-    inside, contour = np.zeros(label.shape, bool), np.zeros(label.shape, bool)
-    for value in np.unique(label[label > 0]):
-        mask = label == value
-        eroded = ndimage.binary_erosion(mask, border_value=1)
-        inside |= eroded
-        contour |= ndimage.binary_dilation(mask) & ~eroded
-    return np.stack([inside, contour, ~(inside | contour)], axis=-1) * np.uint8(255)
-
-
 def plain_weight_map(label, w0, sigma):
     """A distance transform of the whole image for every object, and the two smallest at every pixel."""
     boundary, boxes = object_boundaries(label)
@@ -353,43 +297,18 @@ def plain_weight_map(label, w0, sigma):
 
 
 def benchmark_prepare(args):
-    labels = {f'{n} made-up objects': made_up_label(n) for n in (400, 1900)}
-    shared = Path(__file__).resolve().parents[2] / 'shared/data/MultiOrgan'
-    for name in ('Breast_TCGA-A7-A13E-01Z-00-DX1', 'Kidney_TCGA-HE-7130-01Z-00-DX1'):
-        path = shared / 'labels_instance' / f'{name}_label.png'
-        if path.is_file():
-            label = read_instance_label(path)
-            labels[f'{name}, {len(np.unique(label)) - 1} objects'] = label
-    print('Preparation of an image of 1000 x 1000 pixels, one process, seconds (best of 3; plain once)')
+    print('Weight maps of 1000 x 1000 pixels, seconds (best of 3; plain once)')
     rows = []
-    for name, label in labels.items():
-        for what, ours, plain in (
-                ('ternary label', partial(ternary_label, label), partial(plain_ternary_label, label)),
-                *((f'weight map, sigma {sigma}', partial(weight_map, label, 10, sigma),
-                   partial(plain_weight_map, label, 10, sigma)) for sigma in (5, 20))):
-            start = time.perf_counter()
-            expected = plain()
-            plain_seconds = time.perf_counter() - start
-            seconds = min(take_turns({'ours': ours}, 3)['ours'])
-            found = ours()
-            largest = np.abs(found.astype(float) - expected).max()
-            if 'weight' in what:
-                same = (encode_weight_map(found) == encode_weight_map(expected)).all()
-            rows.append((f'{name}: {what}', f'{seconds:.3f}', f'{plain_seconds:.1f}', f'{plain_seconds / seconds:.0f}',
-                         f'{largest:.1e}', ('yes' if same else 'NO') if 'weight' in what else ''))
-    print_table(('', 'ours', 'plain', 'x plain', 'largest difference', '8 bits equal'), rows)
-
-    print('Cost against the number of objects on the same area, seconds (best of 3)')
-    print_table(('objects', 'ternary label', 'sigma 5', 'sigma 20'), [
-        (n, *(f'{min(take_turns({"": f}, 3)[""]):.3f}' for f in (
-            partial(ternary_label, label), partial(weight_map, label, 10, 5), partial(weight_map, label, 10, 20))))
-        for n, label in ((n, made_up_label(n)) for n in (200, 400, 800, 1600))])
-
-    for path in sorted((shared / 'original/annotations').glob('*.xml')):
-        seconds = min(take_turns({'': partial(instance_label_from_xml, path, 1000, 1000)}, 3)[''])
-        print(f'{path.name}, {len(read_xml_regions(path))} regions: {seconds:.3f} s')
-    done = subprocess.run([sys.executable, __file__, 'one_image'], capture_output=True, text=True, check=True)
-    print(f'Peak memory of preparing one image in a process of its own: {done.stdout.strip()}')
+    for n, sigma in ((400, 5), (400, 20), (1900, 5), (1900, 20)):
+        label = made_up_label(n)
+        start = time.perf_counter()
+        expected = plain_weight_map(label, 10, sigma)
+        plain = time.perf_counter() - start
+        ours = min(take_turns({'ours': partial(weight_map, label, 10, sigma)}, 3)['ours'])
+        largest = np.abs(weight_map(label, 10, sigma) - expected).max()
+        rows.append((f'{n} objects, sigma {sigma}', f'{ours:.3f}', f'{plain:.1f}', f'{plain / ours:.0f}',
+                     f'{largest:.1e}'))
+    print_table(('', 'ours', 'plain', 'x plain', 'largest difference'), rows)
 
 
 def peak_memory():
@@ -397,6 +316,7 @@ def peak_memory():
     status = Path('/proc/self/status')
     if status.exists():
         return int(status.read_text().split('VmHWM:')[1].split()[0]) * 1024 / 1e9
+    import resource                                             # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
@@ -412,32 +332,22 @@ def benchmark_inference(args):
         norm.momentum = 0.1
     net.eval()
     image = make_patches(1)[0]
-    settings = {name: mode for name, mode in MODES.items() if 'memory' not in name}
 
     def run(name):
         layout = torch.channels_last if 'channels last' in name else torch.contiguous_format
-        model = copy.deepcopy(net).to(memory_format=layout).set_mode(**settings[name])
+        model = copy.deepcopy(net).to(memory_format=layout).set_mode(**MODES[name])
         x = image.contiguous(memory_format=layout)
 
         @torch.inference_mode()
         def forward():
             return model(x)
         return forward
-    functions = {name: run(name) for name in settings}
-    matrices = {'float32': torch.randn(2048, 2048), 'bfloat16': torch.randn(2048, 2048).bfloat16()}
-    products = {dtype: partial(torch.mm, a, a) for dtype, a in matrices.items()}
-    seconds = take_turns(functions | products, 2 * args.repeats)
-    peak = {dtype: 2 * 2048 ** 3 / 1e9 / min(seconds.pop(dtype)) for dtype in products}
+    functions = {name: run(name) for name in MODES if 'memory' not in name}
     print(f'Testing: default FullNet, one window of {SIZE} x {SIZE}, {torch.get_num_threads()} threads')
-    print_times(seconds, 'windows', 1)
+    print_speeds(functions, 2 * args.repeats, 'windows', 1, gflop_per_patch(net) / 3)
     plain = functions['plain']().softmax(1)
-    work = gflop_per_patch(net) / 3
-    print(f'{work:.0f} GFLOP per window; a product of 2048 x 2048 matrices reaches '
-          + ', '.join(f'{rate:.0f} GFLOP/s in {dtype}' for dtype, rate in peak.items()))
-    print_table(('', 'GFLOP/s', 'of the matrix product', 'largest difference of a probability'),
-                [(name, f'{work / min(s):.0f}',
-                  f'{work / min(s) / peak["bfloat16" if "amp" in name else "float32"]:.0%}',
-                  f'{(functions[name]().softmax(1) - plain).abs().max():.1e}') for name, s in seconds.items()])
+    print_table(('', 'largest difference of a probability'),
+                [(name, f'{(forward().softmax(1) - plain).abs().max():.1e}') for name, forward in functions.items()])
 
 
 def benchmark_windows(args):
@@ -489,26 +399,18 @@ def plain_nuclei_scores(pred, gt):
 
 
 def benchmark_metrics(args):
-    print('Metrics of an image against the same shifted by (2, 3), seconds (best of 3 in turns; test.py: the published '
-          'nuclei, pixel and standard metrics together)')
+    print('Published and standard scores of 1000 x 1000 pixels against the same shifted by (2, 3), seconds (best of 3)')
     rows = []
-    for size, n in ((1000, 200), (1000, 400), (1000, 800), (1000, 1900), (2000, 1600), (4000, 6400)):
-        gt = made_up_label(n, size)
+    for n in (400, 1900):
+        gt = made_up_label(n)
         pred = np.roll(gt, (2, 3), (0, 1))
-        functions = {'nuclei': nuclei_accuracy_object_level, 'gland': gland_accuracy_object_level,
-                     'standard': standard_metrics,
-                     'test.py': lambda pred, gt: standard_metrics_of(score(pred, gt, 'MultiOrgan').table)}
-        if size == 1000:
-            functions['plain'] = plain_nuclei_scores
-        best = {name: min(times) for name, times in
+        functions = {'ours': nuclei_accuracy_object_level, 'standard': standard_metrics, 'plain': plain_nuclei_scores}
+        best = {name: min(seconds) for name, seconds in
                 take_turns({name: partial(f, pred, gt) for name, f in functions.items()}, 3).items()}
-        row = [f'{size} x {size}', n, *(f'{best[name]:.2f}' for name in ('nuclei', 'gland', 'standard', 'test.py'))]
-        if 'plain' in best:
-            difference = np.abs(np.array(nuclei_accuracy_object_level(pred, gt)) - plain_nuclei_scores(pred, gt)).max()
-            row += [f'{best["plain"]:.1f}', f'{best["plain"] / best["nuclei"]:.0f}', f'{difference:.0e}']
-        rows.append((*row, '', '', '')[:9])
-    print_table(('pixels', 'objects', 'nuclei', 'gland', 'standard', 'test.py', 'plain nuclei', 'nuclei x plain',
-                 'largest difference'), rows)
+        difference = np.abs(np.array(nuclei_accuracy_object_level(pred, gt)) - plain_nuclei_scores(pred, gt)).max()
+        rows.append((n, *(f'{seconds:.2f}' for seconds in best.values()), f'{best["plain"] / best["ours"]:.0f}',
+                     f'{difference:.0e}'))
+    print_table(('objects', 'published, ours', 'standard', 'published, plain', 'x plain', 'largest difference'), rows)
 
 
 def benchmark_large(args):
@@ -688,7 +590,7 @@ def epoch_seconds(sizes, words, published):
             stack.enter_context(mock.patch.object(train, 'windows_at_once', lambda device: 1))
         stack.enter_context(mock.patch.object(train.log, 'addHandler', lambda handler: None))
         train.main(['--data-dir', f'{folder}/data', '--save-dir', f'{folder}/run', '--epochs', '3', '--batch-size',
-                    str(sizes.batch), '--input-size', str(sizes.crop), '--grid-every', '0', *sizes.network, *words])
+                    str(sizes.batch), '--input-size', str(sizes.crop), *sizes.network, *words])
     return [statistics.median(values[1:]) for values in seconds.values()]
 
 
@@ -723,30 +625,21 @@ def image_seconds(sizes, words):
     return min(seconds)
 
 
-def one_image(args):
-    imports = peak_memory()
-    label = made_up_label(1900)
-    image = Reinhard_normalizer().fit(ternary_label(label)).transform(ternary_label(label))
-    preview({'image': image, 'instance': label, 'ternary': ternary_label(label),
-             'weight': encode_weight_map(weight_map(label, 10, 20))})
-    print(f'{peak_memory() - imports:.2f} GB above the {imports:.2f} GB of the imports')
-
-
 def one_step(args):
     make_step(args.mode, args.batch)()
     print(peak_memory())
 
 
 def main(argv=None):
-    benchmarks = {'step': (benchmark_step, benchmark_gradients), 'memory': (benchmark_memory,),
-                  'profile': (benchmark_profile,), 'loss': (benchmark_loss,), 'loader': (benchmark_loader,),
-                  'prepare': (benchmark_prepare,), 'inference': (benchmark_inference,), 'metrics': (benchmark_metrics,)}
+    benchmarks = {'step': benchmark_step, 'memory': benchmark_memory, 'loss': benchmark_loss,
+                  'loader': benchmark_loader, 'prepare': benchmark_prepare, 'inference': benchmark_inference,
+                  'metrics': benchmark_metrics}
     needs = {'windows': (benchmark_windows, ('model_path', 'image', 'label')),            # a trained network
              'large': (benchmark_large, ('model_path', 'image'))}
     parser = Parser(prog='scripts/benchmark.py', description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='?', default='all',
-                        choices=[*benchmarks, *needs, 'gpu', 'all', 'one_step', 'one_image'])
+                        choices=[*benchmarks, *needs, 'gpu', 'all', 'one_step'])
     for name in ('model_path', 'image', 'label'):
         parser.add_argument('--' + name.replace('_', '-'), type=Path, help='for ' + ' and '.join(
             what for what, (_, names) in needs.items() if name in names))
@@ -756,11 +649,9 @@ def main(argv=None):
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--mode', choices=MODES, default='fast', help='for one_step, which memory calls')
     args = parser.parse_args(argv)
-    args.batch_given = args.batch is not None
-    args.batch = args.batch or 2
     torch.set_num_threads(args.threads)
-    if args.what.startswith('one_'):                             # called by the memory benchmarks
-        return {'one_step': one_step, 'one_image': one_image}[args.what](args)
+    if args.what == 'one_step':                                  # called by memory
+        return one_step(args)
     if args.what in needs:
         function, names = needs[args.what]
         for name in names:
@@ -772,10 +663,9 @@ def main(argv=None):
         return function(args)
     if args.what == 'gpu':
         return benchmark_gpu(args)
-    for name, functions in benchmarks.items():
+    for name, function in benchmarks.items():
         if args.what in (name, 'all'):
-            for function in functions:
-                function(args)
+            function(args)
 
 
 if __name__ == '__main__':

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from skimage.segmentation import find_boundaries
+from skimage.filters import threshold_otsu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_data import ternary_label  # noqa: E402
-from scripts.otsu_baseline import otsu_scores  # noqa: E402
 from support.files import atomic_path  # noqa: E402
-from support.images import list_images, read_image, read_instance_label  # noqa: E402
+from support.images import find_labels, list_images, read_image, read_instance_label  # noqa: E402
+from support.pictures import HIT, draw_contours  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
+from utils import nuclei_accuracy_object_level, post_process  # noqa: E402
 from weight_map import weight_map  # noqa: E402
 
 
@@ -30,18 +31,35 @@ def network_scores(result_file):
     return {row[0].rstrip(':'): dict(zip(header[1:], map(float, row[1:]))) for row in rows}
 
 
-def outline(image, label, colour=(0, 230, 0)):
-    """The image, uint8 (H, W, 3), with the outlines of the objects of an instance label (H, W) drawn on it."""
-    return np.where(find_boundaries(label, mode='inner')[..., None], np.uint8(colour), image)
+def otsu_label(image, min_area=20, radius=2):
+    """Instance label, int32 (H, W), of the parts of an RGB image (H, W, 3) uint8 darker than Otsu's threshold.
+
+    min_area, radius: pixels, see `post_process`.
+    """
+    grey = np.array(Image.fromarray(image).convert('L'))
+    dark = (grey <= threshold_otsu(grey)) & (grey < grey.max())          # an image of one grey value has no nuclei
+    return post_process(dark, min_area, radius)
+
+
+def otsu_scores(images, label_dir):
+    """{image name: (AJI, Dice, F1)} of Otsu's threshold on image files; their mean has the name 'Average'."""
+    scores = {}
+    for path, label in zip(images, find_labels(images, label_dir)):
+        image = read_image(path)
+        result = nuclei_accuracy_object_level(otsu_label(image), read_instance_label(label, image.shape[:2]))
+        scores[path.stem] = (result.AJI, result.dice, result.F1)
+    return {**scores, 'Average': tuple(np.mean(list(scores.values()), axis=0))}
 
 
 def draw_overview(path, image, label, inside, contour, prediction, title):
     """One picture: image, ternary label, weight map, inside and contour probability, prediction over the image."""
+    outlined = image.copy()
+    draw_contours(outlined, prediction, HIT)
     panels = [('image', image, {}), ('ternary label', ternary_label(label), {}),
               ('weight map', weight_map(label) + 1, dict(cmap='magma', vmin=1, vmax=11)),
               ('probability of inside', inside, dict(cmap='gray', vmin=0, vmax=255)),
               ('probability of contour', contour, dict(cmap='gray', vmin=0, vmax=255)),
-              ('prediction', outline(image, prediction), {})]
+              ('prediction', outlined, {})]
     figure = Figure(figsize=(15, 10.4), layout='constrained')
     for axes, (name, pixels, options) in zip(figure.subplots(2, 3).flat, panels):
         axes.imshow(pixels, interpolation='nearest', **options)

@@ -31,9 +31,7 @@ LABEL_ENDING = '_seg.tiff'
 TABLE_ENDING = '_objects.csv'
 
 
-# ---------------------------------------------------------------------------------------------------
 # Outlines
-# ---------------------------------------------------------------------------------------------------
 
 def outline(mask, top=0, left=0):
     """Rings of a 4-connected part, the coordinates of a GeoJSON polygon: [exterior, hole, hole, ...].
@@ -98,9 +96,7 @@ def object_outlines(label, offset=(0, 0)):
         yield number, area, polygons
 
 
-# ---------------------------------------------------------------------------------------------------
 # Measurements
-# ---------------------------------------------------------------------------------------------------
 
 def read_measurements(path):
     """{id: {column: number}} of a table of objects; a cell without a finite number is left out.
@@ -138,9 +134,7 @@ def _is_number(text):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------
 # GeoJSON
-# ---------------------------------------------------------------------------------------------------
 
 def features(label, name, class_name='Nucleus', table=None, source='the label', offset=(0, 0)):
     """Yield one QuPath detection, a GeoJSON feature as a dict, for each object of a label, int (H, W), by its id.

@@ -13,10 +13,11 @@ The model, per image (each has its own seed, so it does not depend on how many a
   stain    hematoxylin and eosin amounts, paler in faded regions and images, become colours by the Beer-Lambert law
            (light = white * exp(-amount * stain vector)); then the microscope's blur and sensor noise.
 Because nuclei touch, some are pale and some dark things are not nuclei, Otsu's threshold alone does badly
-(scripts/otsu_baseline.py: AJI about 0.3), while a small trained network does well.
+(scripts/demo_report.py: AJI about 0.3), while a small trained network does well.
 """
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -57,9 +58,7 @@ IN_EPITHELIUM = {'vesicular': 0.60, 'dense': 0.35, 'lymphocyte': 0.05}       # s
 IN_STROMA = {'spindle': 0.60, 'lymphocyte': 0.20, 'dense': 0.20}
 
 
-# ---------------------------------------------------------------------------------------------------
 # Noise and shapes
-# ---------------------------------------------------------------------------------------------------
 
 def smooth_noise(rng, size, sigma):
     """Gaussian random field (size, size) of mean 0 and standard deviation 1, smooth over about `sigma` pixels.
@@ -108,9 +107,7 @@ def touches_another(label):
     return (label > 0) & ((nearby_lowest != label) | (nearby_highest != label))
 
 
-# ---------------------------------------------------------------------------------------------------
 # The parts of an image
-# ---------------------------------------------------------------------------------------------------
 
 def make_tissue(rng, size):
     """The background -> dict of float (size, size) arrays.
@@ -245,21 +242,15 @@ def make_image(rng, size):
     return np.clip(np.rint(WHITE * light + noise), 0, 255).astype(np.uint8), label.astype(np.uint16)
 
 
-# ---------------------------------------------------------------------------------------------------
 # The data set
-# ---------------------------------------------------------------------------------------------------
 
 def clear_earlier_output(out):
-    """Remove the demo images and labels in `out`; raises InputError if anything else is there."""
-    entries = sorted(out.iterdir()) if out.exists() else []
-    folders = [out / 'normalized', out / 'labels_instance']
-    earlier = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    foreign = ([p for p in entries if p not in [*folders, out / 'split.json']]
-               + [p for p in earlier if not p.name.startswith(('demo_', '.tmp_'))])
-    if foreign:
-        raise InputError(f'{foreign[0]} was not made by this script; name an empty or new folder instead of {out}')
-    for path in earlier:
-        path.unlink()
+    """Remove the demo images and labels in the folder `out`; raises InputError if anything else is there."""
+    for path in sorted(out.rglob('*')):
+        if not path.is_dir() and path.name != 'split.json' and not path.name.startswith(('demo_', '.tmp_')):
+            raise InputError(f'{path} was not made by this script; name an empty or new folder instead of {out}')
+    if out.is_dir():
+        shutil.rmtree(out)
 
 
 def make_data_set(out, counts, size, seed):

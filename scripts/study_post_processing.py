@@ -1,17 +1,16 @@
 """What the post-processing leaves on the table: scores of its variants on the probability maps that test.py stored.
 
-    python scripts/study_post_processing.py RESULTS --label-dir LABELS [--set val_full] [--out STUDY]
+    python scripts/study_post_processing.py RESULTS --set val_full --label-dir LABELS
 
 RESULTS: save_dir of test.py with probability maps of nuclei; they must have the size of their images, so not with
 --scale-factor and not of GlaS. LABELS: their instance labels.
-Writes STUDY.txt and STUDY.json (by default RESULTS/{set}_post_processing). The first row is the published way: class 1
+Writes RESULTS/{set}_post_processing.txt. The first row is the published way: class 1
 where it is the most likely one, components under min_area removed, each dilated by radius. Then one change at a time,
 and what a greedy search over all of them finds; it chooses by the mean published AJI of the same images that it is
 reported on, so that its gain is optimistic. Columns: published AJI, MoNuSeg's aji, pq, dice, means over images.
 
 The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -99,15 +98,6 @@ def read_maps(results, set_name, label_dir):
     return images
 
 
-def find_set(results):
-    """The name of the only set in RESULTS."""
-    names = [path.name.removesuffix('_prob_maps') for path in sorted(results.glob('*_prob_maps'))]
-    if len(names) != 1:
-        raise InputError(f'{results} holds probability maps of {len(names)} sets ({", ".join(names)}); choose one '
-                         f'with --set' if names else f'no probability maps in {results}; run test.py first')
-    return names[0]
-
-
 def name_of(choice, published):
     """What differs from the published choice, as words."""
     return ' '.join(f'{key} {value:g}' for key, value in choice.items() if value != published[key])
@@ -131,14 +121,11 @@ def main(argv=None):
     parser = Parser(prog='scripts/study_post_processing.py', description='Scores of variants of the post-processing.')
     parser.add_argument('results', metavar='RESULTS', type=Path, help='save_dir of test.py')
     parser.add_argument('--label-dir', required=True, help='instance labels of the images')
-    parser.add_argument('--set', help='name of the set [the only one in RESULTS]')
-    parser.add_argument('--out', type=Path, help='path without extension [RESULTS/{set}_post_processing]')
+    parser.add_argument('--set', required=True, help='name of the set: RESULTS has {set}_prob_maps')
     args = parser.parse_args(argv)
-    set_name = args.set or find_set(args.results)
-    out = args.out or args.results / f'{set_name}_post_processing'
     post = Options(isTrain=False).parse([]).post
     published = {name: post.get(name, 0) for name in CHOICES}
-    study = Study(read_maps(args.results, set_name, args.label_dir))
+    study = Study(read_maps(args.results, args.set, args.label_dir))
 
     rows = [('published: ' + ' '.join(f'{name} {post[name]}' for name in ('min_area', 'radius')), published)]
     for name, values in CHOICES.items():
@@ -147,16 +134,10 @@ def main(argv=None):
     best = study.greedy(published)
     rows.append((f'greedy search: {name_of(best, published) or "as published"}', best))
     text = table_text([(name, study(choice)) for name, choice in rows], study.images)
-    write_text(out.with_name(out.name + '.txt'), text)
-    write_text(out.with_name(out.name + '.json'), json.dumps({
-        'set': set_name, 'chosen_by': METRICS[0], 'variants': [{
-            'name': name, 'published': choice == published, 'choice': choice,
-            'mean': dict(zip(METRICS, study(choice).mean(axis=0).tolist())),
-            'images': {image: dict(zip(METRICS, values)) for image, values in zip(study.images,
-                                                                                   study(choice).tolist())}}
-            for name, choice in rows]}, indent=1) + '\n')
+    out = args.results / f'{args.set}_post_processing.txt'
+    write_text(out, text)
     print(text, end='')
-    print(f'{len(study.images)} images, {len(study.known)} variants; tables in {out}.txt, {out}.json')
+    print(f'{len(study.images)} images, {len(study.known)} variants; table in {out}')
 
 
 if __name__ == '__main__':

@@ -82,9 +82,7 @@ def val_scores(weights, data_dir, stored):
         return json.loads((Path(folder) / f'{stored["set"]}_metrics.json').read_text(encoding='utf-8'))['mean']
 
 
-# ---------------------------------------------------------------------------------------------------
 # Checks
-# ---------------------------------------------------------------------------------------------------
 
 class Checks:
     """Prints a line for each check, and counts those that fail."""
@@ -132,9 +130,7 @@ def check_scores(check, weights, data_dir, tta):
                                          f'{known:.4f} +- {AJI}')
 
 
-# ---------------------------------------------------------------------------------------------------
 # The model card
-# ---------------------------------------------------------------------------------------------------
 
 def card_section(weights, found):
     """The part of the model card that is made of the weights' own contents, as Markdown. found: of `measure`."""

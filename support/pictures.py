@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from skimage.segmentation import find_boundaries
 
 from support.files import save_image
 
@@ -133,13 +132,15 @@ def tile(rows, margin=4):
 
 def preview(arrays):
     """Image with contours of the objects, ternary label and weight map (if there is one) side by side, uint8 RGB."""
-    outlined = arrays['image'].copy()
-    outlined[find_boundaries(arrays['instance'], connectivity=2, mode='thick')] = (255, 255, 0)
-    tiles = [outlined]
+    height, width = arrays['instance'].shape
+    size = max(1, round(PREVIEW_HEIGHT * width / height)), PREVIEW_HEIGHT
+    tiles = [arrays['image']]
     if 'weight' in arrays:
         tiles += [arrays['ternary'], np.repeat(arrays['weight'][..., None], 3, axis=2)]
-    size = max(1, round(PREVIEW_HEIGHT * outlined.shape[1] / outlined.shape[0])), PREVIEW_HEIGHT
-    return np.concatenate([np.asarray(Image.fromarray(tile).resize(size, Image.BOX)) for tile in tiles], axis=1)
+    sheet = np.concatenate([np.asarray(Image.fromarray(tile).resize(size, Image.BOX)) for tile in tiles], axis=1)
+    label = np.asarray(Image.fromarray(arrays['instance'].astype(np.int32)).resize(size, Image.NEAREST))
+    draw_contours(sheet[:, :size[0]], label, UNLABELLED)                 # on the small picture, so that they are seen
+    return sheet
 
 
 def save_contact_sheets(images, folder):

@@ -27,11 +27,12 @@ COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc'
            'val_loss', 'val_acc', 'val_iou')
 # What may differ when a run is resumed; anything else would make it two runs in one.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
-              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'compile', 'grid_every',
-              'preview'}
+              'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'compile', 'preview'}
+RETIRED = {'grid_every'}    # options of earlier versions that changed only what a run writes: a resume ignores them
 OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}  # of a checkpoint of ours
 WARM_UP, TIMED = 10, 20     # steps: on CUDA compiling and the search for the fastest convolutions; then those measured
 CURVE_MINUTES = 3         # between two drawings of learning_curve.png
+GRID_EPOCHS = 5           # between two pictures val_grid.png
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png', 'val_grid.png')
 
@@ -177,6 +178,7 @@ def take_options_of_run(opt, checkpoint):
     for group, values in groups:
         split = group.partition('.')[2]
         before = stored['transform'][split] if split else stored[group]
+        before = {name: value for name, value in before.items() if name not in RETIRED}
         for name in [*before, *(name for name in values if name not in before)]:
             given = (group, name) in opt.given
             if given and name not in changeable and values.get(name) != before.get(name):
@@ -184,7 +186,7 @@ def take_options_of_run(opt, checkpoint):
             if not given and name in before and name not in ('save_dir', 'checkpoint', 'overwrite', 'gpu'):
                 values[name] = before[name]
         if split:
-            opt.transform[split] = dict(before)
+            opt.transform[split] = before
 
 
 def read_results(path, epoch):
@@ -315,8 +317,7 @@ class Run:
         self.last_drawn = time.monotonic()
 
     def is_grid_due(self):
-        every, epoch = self.opt.train['grid_every'], self.state.epoch
-        return every and epoch // every > self.last_grid // every
+        return self.state.epoch // GRID_EPOCHS > self.last_grid // GRID_EPOCHS
 
     def save_grid(self, pictures):
         """val_grid.png, also for TensorBoard: image, target, probabilities (red, green, blue), prediction in a row."""

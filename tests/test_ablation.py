@@ -8,12 +8,11 @@ from pathlib import Path
 
 import ablation
 import pytest
-import torch
 from PIL import Image
 
-from dataset import DataFolder
 from miniature import make_multi_organ
 from options import Options
+from support.checkpoints import load_checkpoint
 from support.script import InputError
 
 TINY = ['--n-layers', '4', '--growth-rate', '1', '--dilations', '1', '1', '1', '1', '1', '1', '1', '--input-size', '40',
@@ -29,8 +28,8 @@ def data(tmp_path):
 
 
 def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
-    seconds = {'FullNet': 1.0, 'FCN_pooling': 0.5}                          # 4 images in batches of 2: 2 steps an epoch
-    monkeypatch.setattr(ablation, 'seconds_per_step', lambda opt, *_: seconds[opt.model['name']])
+    steps = {'FullNet': 2, 'FCN_pooling': 3}                                # 4 images in batches of 2: 2 steps an epoch
+    monkeypatch.setattr(ablation, 'planned_steps', lambda arm, *_: steps[arm])
     words = ['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--minutes', '0.03', '--seeds', '3', '--jobs',
              '2', '--arms', 'FCN_pooling', 'FullNet', *TINY]
     ablation.main(words)
@@ -87,7 +86,7 @@ def test_the_arms_are_those_of_the_paper(data):
 
 @pytest.mark.skipif(not hasattr(signal, 'pthread_kill'), reason='sends itself a signal')
 def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, 'seconds_per_step', lambda *_: 1.0)
+    monkeypatch.setattr(ablation, 'planned_steps', lambda *_: 2)
     monkeypatch.setattr(ablation, 'ROOT', tmp_path)
     (tmp_path / 'train.py').write_text('import os, signal, time\n'
                                        'def stop(*_):\n    open("stopped", "w")\n    os._exit(143)\n'
@@ -111,7 +110,7 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypa
 
 
 def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, 'seconds_per_step', lambda *_: 1.0)
+    monkeypatch.setattr(ablation, 'planned_steps', lambda *_: 2)
     (data / 'mean_std.npy').unlink()
     with pytest.raises(InputError, match='train.py ended with exit code 2; see .*train.out, then start this again'):
         ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '--arms', 'FullNet',
@@ -119,14 +118,10 @@ def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
     assert 'no ' in next((tmp_path / 'out').glob('*/train.out')).read_text()
 
 
-def test_seconds_per_step_count_the_loading_of_the_crops(data, monkeypatch):
-    opt = Options(isTrain=True).parse([*ablation.RECIPE, *TINY, '--data-dir', str(data)])
-    before = torch.get_num_threads()
-    seconds = ablation.seconds_per_step(opt, 1, repetitions=3)              # 4 images in batches of 2: a second epoch
-    load = DataFolder.__getitem__
-
-    def slow(self, key):
-        time.sleep(seconds)
-        return load(self, key)
-    monkeypatch.setattr(DataFolder, '__getitem__', slow)
-    assert ablation.seconds_per_step(opt, 1, repetitions=3) > 2 * seconds > 0 and torch.get_num_threads() == before
+def test_steps_are_planned_by_train_py(data, tmp_path):
+    words = [*ablation.RECIPE, *TINY, '--data-dir', str(data)]
+    steps = ablation.planned_steps('FCN_pooling', tmp_path, 0.5, words, 1, 2)
+    checkpoint = load_checkpoint(tmp_path / 'speed_of_FCN_pooling/checkpoints/checkpoint.pth.tar')
+    options = checkpoint['options']
+    assert options['model']['name'] == 'FCN_pooling' and options['train']['max_minutes'] == 0.5
+    assert steps == checkpoint['steps_planned'] > 0 and checkpoint['step'] == min(32, steps)

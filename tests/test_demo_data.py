@@ -10,8 +10,8 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'scripts'))
 import make_demo_data  # noqa: E402
-import otsu_baseline  # noqa: E402
 
+from scripts.demo_report import otsu_label  # noqa: E402
 from support.script import InputError  # noqa: E402
 from utils import nuclei_accuracy_object_level  # noqa: E402
 
@@ -122,7 +122,7 @@ def test_bad_options(tmp_path, option, value):
 
 def test_otsu_is_a_weak_baseline_on_the_test_images(demo):
     for name in json.loads((demo / 'split.json').read_text())['test_same']:
-        predicted = otsu_baseline.otsu_label(read(demo / 'normalized' / f'{name}.png'), min_area=20, radius=2)
+        predicted = otsu_label(read(demo / 'normalized' / f'{name}.png'))
         truth = read(demo / 'labels_instance' / f'{name}_label.png').astype(int)
         aji = nuclei_accuracy_object_level(predicted, truth)[6]
         assert 0.2 < aji < 0.5, name
@@ -132,32 +132,8 @@ def test_otsu_label_finds_dark_squares_and_nothing_in_a_flat_image():
     image = np.full((60, 60, 3), 220, np.uint8)
     image[10:20, 10:20] = image[40:50, 40:50] = (90, 50, 120)
     image[5:7, 50:52] = 0                                                # 4 pixels: too small
-    label = otsu_baseline.otsu_label(image, min_area=20, radius=2)
+    label = otsu_label(image)
     assert label.max() == 2
     assert label[15, 15] == 1 and label[45, 45] == 2
     assert label[8, 15] == 1 and label[7, 15] == 0                       # dilated by the radius
-    assert otsu_baseline.otsu_label(np.full((60, 60, 3), 220, np.uint8)).max() == 0
-
-
-def test_otsu_script_prints_each_image_and_the_mean(demo, capsys):
-    otsu_baseline.main(['--img-dir', str(demo / 'normalized'), '--label-dir', str(demo / 'labels_instance')])
-    lines = [line.split('\t') for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ['name', 'AJI', 'Dice', 'F1']
-    assert len(lines) == 12 and lines[1][0] == 'demo_test_01' and lines[-1][0] == 'Average'
-    values = np.array([line[1:] for line in lines[1:]], float)
-    np.testing.assert_allclose(values[-1], values[:-1].mean(axis=0), atol=1e-4)
-
-
-def test_hematoxylin_is_another_channel(demo):
-    image = read(demo / 'normalized' / 'demo_test_01.png')
-    red_cells = np.full((60, 60, 3), 220, np.uint8)
-    red_cells[20:30, 20:30] = (200, 60, 60)                   # dark, but no hematoxylin
-    assert otsu_baseline.otsu_label(red_cells).max() == 1
-    assert otsu_baseline.otsu_label(red_cells, channel='hematoxylin')[25, 25] == 0
-    assert (otsu_baseline.otsu_label(image, channel='hematoxylin') != otsu_baseline.otsu_label(image)).any()
-
-
-def test_otsu_script_names_missing_labels(demo, tmp_path):
-    (tmp_path / 'other.png').write_bytes((demo / 'labels_instance' / 'demo_val_01_label.png').read_bytes())
-    with pytest.raises(InputError, match='10 instance labels of images missing in .*: demo_test_01.png'):
-        otsu_baseline.main(['--img-dir', str(demo / 'normalized'), '--label-dir', str(tmp_path)])
+    assert otsu_label(np.full((60, 60, 3), 220, np.uint8)).max() == 0

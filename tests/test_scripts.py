@@ -28,10 +28,9 @@ from support.script import InputError
     ('export_pretrained', '--run x', 'the following arguments are required: --data-dir'),
     ('make_demo_data', 'x --sise 3', 'unrecognized arguments: --sise 3'),
     ('make_report', 'x --open', 'unrecognized arguments: --open'),
-    ('otsu_baseline', '--img-dir x', 'the following arguments are required: --label-dir'),
     ('reproduce', '', 'the following arguments are required: dataset'),
     ('reproduce', 'GlaS many', "argument minutes: invalid float value: 'many'"),
-    ('study_post_processing', 'x', 'the following arguments are required: --label-dir'),
+    ('study_post_processing', 'x', 'the following arguments are required: --label-dir, --set'),
     ('update_batch_norm', '', 'the following arguments are required: --model-path, --data-dir, --out'),
     ('verify_pretrained', '--wrong', 'unrecognized arguments: --wrong'),
 ])
@@ -85,13 +84,6 @@ def test_report_compares_with_otsu_and_draws_the_overview(tmp_path, capsys):
     assert 0 < otsu <= 1 and "AJI of the network 0.6000" in text and f'difference {0.6 - otsu:+.4f}' in text
     picture = np.asarray(Image.open(tmp_path / 'overview.png'))
     assert picture.shape[1] == 1500 and picture[..., :3].std() > 20
-
-
-def test_outline_is_drawn_on_the_object_s_own_border():
-    label = np.zeros((9, 9), int)
-    label[2:7, 2:7] = 1
-    drawn = (demo_report.outline(np.zeros((9, 9, 3), np.uint8), label) > 0).any(axis=2)
-    assert drawn.sum() == 16 and drawn[2, 2] and not drawn[4, 4]
 
 
 def test_raw_images_are_scored_without_and_with_color_norm(tmp_path):

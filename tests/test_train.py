@@ -152,8 +152,9 @@ def test_options_that_change_the_validation_only(base, data, tmp_path, words):
     assert same_weights(checkpoint, base[0]) and rows[0]['val_loss'] != base[1][0]['val_loss']
 
 
-def test_validation_grid(data, tmp_path):
-    run(data, tmp_path / 'run', '--epochs', '3', '--grid-every', '2', '--val-every', '1')
+def test_validation_grid(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, 'GRID_EPOCHS', 2)
+    run(data, tmp_path / 'run', '--epochs', '3', '--val-every', '1')
     grid = np.asarray(Image.open(tmp_path / 'run/val_grid.png'))
     assert grid.shape == (64, 4 * 64 + 3 * 4, 3)                     # one validation image of 64 x 64
     image, target, probabilities, prediction = (grid[:, k * 68:k * 68 + 64].astype(int) for k in range(4))
@@ -409,9 +410,11 @@ def test_a_checkpoint_of_an_earlier_version_from_the_middle_of_an_epoch_goes_on(
     path = tmp_path / 'run/checkpoints/checkpoint.pth.tar'
     path.parent.mkdir(parents=True)
     shutil.copy(ROOT / 'tests/checkpoint_b1a071d.pth.tar', path)
+    earlier = load_checkpoint(path)
     train.main(['--checkpoint-path', str(path), '--data-dir', str(data)])
     checkpoint = load_checkpoint(path)
     assert (checkpoint['epoch'], checkpoint['step'], len(checkpoint['history'])) == (4, 8, 4)
+    assert 'grid_every' in earlier['options']['train'] and 'grid_every' not in checkpoint['options']['train']
     assert checkpoint['history'][3] == pytest.approx([4, 3.857681, 3.795967, 0.061713, 0.629687, 0.025944, 1.838738,
                                                       0.643555, 0.217997], rel=1e-4)
     assert checkpoint['state_dict']['conv2.weight'].abs().sum().item() == pytest.approx(91.501472, rel=1e-5)
