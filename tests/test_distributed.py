@@ -113,7 +113,7 @@ def test_a_killed_process_ends_the_run_with_a_message_and_a_checkpoint(data, tmp
     ranks = {re.search(rb'\0RANK=(\d+)', Path(f'/proc/{child}/environ').read_bytes())[1]: child for child in children}
     os.kill(int(ranks[b'1']), signal.SIGKILL)
     error = finish(process, code=1)
-    assert f'error: process 0: another process of this run ended; the last good checkpoint is {path}; go on' in error
+    assert f'error: process 0: another process of this run ended; the last good checkpoint is {path}; resume' in error
     assert 'most recent call' not in error.partition('error: process 0')[0]
     goes_on(path)
 
@@ -123,7 +123,7 @@ def test_signals_stop_all_processes_after_the_same_step_with_a_checkpoint(data, 
     process, path = running(tmp_path, data, '--workers', '1')
     os.killpg(process.pid, number)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and f'go on with: python train.py --checkpoint-path {path}' in error
+    assert process.returncode != 0 and f'resume with: python train.py --checkpoint-path {path}' in error
     assert 'another process' not in error and error.count('stopping after this step') == 1
     goes_on(path)
 
