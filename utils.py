@@ -1,5 +1,4 @@
 """Sliding window, test-time augmentation, post-processing and metrics."""
-import itertools
 from collections import namedtuple
 from typing import NamedTuple
 
@@ -18,13 +17,15 @@ from support.images import resize_bilinear
 from support.script import InputError
 
 # ---------------------------------------------------------------------------------------------------
-# Sliding window and test-time augmentation
+# Sliding window
 # ---------------------------------------------------------------------------------------------------
 
 def window_grid(length, size, overlap):
-    """Windows along one side: the padded length, and (start, stop, first, end) of each window.
+    """Windows along one side of an image. The stride is size - overlap.
 
-    A window reads [start, stop) and writes [first, end): all but its outer overlap // 2 pixels, except at the border.
+    Returns the padded length and a list of (start, stop, first, end), in pixels: a window reads [start, stop) and
+    writes [first, end). It does not write its outer overlap // 2 pixels, except at the border of the padded image. A
+    side of at most `size` pixels is one window; a longer one is padded at its end to whole windows.
     """
     if length <= size:
         return length, [(0, length, 0, length)]
@@ -39,32 +40,69 @@ def window_grid(length, size, overlap):
     return padded, windows
 
 
+class Window(NamedTuple):
+    """A window of an image, as pairs (rows, columns)."""
+    read: tuple         # slices of the image: the pixels that the network sees
+    write: tuple        # slices of the result: the pixels that the window computes
+    take: tuple         # slices of the network's output: those same pixels
+    shape: tuple        # (h, w) of the window, after zero-padding at the bottom and right
+
+
+def list_windows(height, width, size, overlap, box=None):
+    """The Windows that compute an image, row by row. Each pixel is written by exactly one window.
+
+    box: (top, bottom, left, right), the part of the image that is computed, by default all of it. `write` counts from
+    the corner of the box.
+    """
+    top, bottom, left, right = box or (0, height, 0, width)
+    return [Window(*zip(rows, columns)) for rows in _windows_along(height, size, overlap, top, bottom)
+            for columns in _windows_along(width, size, overlap, left, right)]
+
+
+def _windows_along(length, size, overlap, low, high):
+    """(read, write, take, length) of the windows that write into [low, high) along one side of an image."""
+    grid = window_grid(length, size, overlap)[1]
+    ends = [first for _, _, first, _ in grid[1:]] + [length]  # where two windows write, the later one wins
+    found = []
+    for (start, stop, first, _), end in zip(grid, ends):
+        first, end = max(first, low), min(end, high)
+        if first < end:
+            found.append((slice(start, min(stop, length)), slice(first - low, end - low),
+                          slice(first - start, end - start), stop - start))
+    return found
+
+
+def zero_pad(tensor, shape):
+    """Pad a tensor (..., h, w) with zeros at the bottom and right to the shape (H, W)."""
+    return F.pad(tensor, (0, shape[1] - tensor.shape[-1], 0, shape[0] - tensor.shape[-2]))
+
+
 def split_forward(model, input, size, overlap, outchannel=3, n_windows=1):
-    """The model's output for images larger than it is run on, from overlapping windows.
+    """Run the model on overlapping windows of images, and put its output together.
 
     input: (B, C, H, W) float tensor. size, overlap: pixels; the stride is their difference. model: maps windows
-    (n, C, h, w) to (n, outchannel, h, w). n_windows: of each image, that the model sees at a time. Returns
-    (B, outchannel, H, W) on the input's device. A side longer than `size` is zero-padded at the bottom / right to whole
-    windows; a shorter one is one window of that length. Raises ValueError unless 0 <= overlap < size.
+    (n, C, h, w) to (n, outchannel, h, w). n_windows: number of windows of each image in one call of the model.
+    A side longer than `size` is zero-padded at the bottom or right to whole windows; a shorter one is one window of
+    that length. Returns (B, outchannel, H, W) on the input's device. Raises ValueError unless 0 <= overlap < size.
     """
     if not 0 <= overlap < size:
         raise ValueError(f'overlap is {overlap}; expected at least 0 and less than the window size, {size}')
     batch, _, height, width = input.shape
-    padded_height, rows = window_grid(height, size, overlap)
-    padded_width, columns = window_grid(width, size, overlap)
-    padded = F.pad(input, (0, padded_width - width, 0, padded_height - height))
-    output = input.new_zeros(batch, outchannel, padded_height, padded_width)
-    windows = list(itertools.product(rows, columns))                     # all of one size
+    output = input.new_empty(batch, outchannel, height, width)
+    windows = list_windows(height, width, size, overlap)                 # all have the same shape
     for i in range(0, len(windows), n_windows):
         group = windows[i:i + n_windows]
-        seen = torch.cat([padded[:, :, top:bottom, left:right] for (top, bottom, *_), (left, right, *_) in group])
-        for ((top, _, *rows), (left, _, *columns)), window in zip(group, model(seen).split(batch)):
-            output[:, :, slice(*rows), slice(*columns)] = \
-                window[:, :, rows[0] - top:rows[1] - top, columns[0] - left:columns[1] - left]
-    return output[:, :, :height, :width]
+        crops = torch.cat([zero_pad(input[(..., *window.read)], window.shape) for window in group])
+        for window, result in zip(group, model(crops).split(batch)):
+            output[(..., *window.write)] = result[(..., *window.take)]
+    return output
 
 
-# Orientations of test-time augmentation: (number of 90-degree turns, mirror first). 'flips': what two mirrors give.
+# ---------------------------------------------------------------------------------------------------
+# Test-time augmentation
+# ---------------------------------------------------------------------------------------------------
+
+# orientations of test-time augmentation: (number of 90-degree turns, mirror first?)
 ORIENTATIONS = {
     'none': [(0, False)],
     'flips': [(0, False), (0, True), (2, False), (2, True)],
@@ -73,7 +111,7 @@ ORIENTATIONS = {
 
 
 def orient(array, turns, mirror):
-    """Mirror (H, W, ...) left-right if asked, then turn it by `turns` x 90 degrees."""
+    """Mirror an array (H, W, ...) left-right if `mirror`, then turn it by `turns` x 90 degrees. Returns a view."""
     return np.rot90(array[:, ::-1] if mirror else array, turns)
 
 
@@ -84,7 +122,7 @@ def orient_back(array, turns, mirror):
 
 
 def predict_probabilities(predict, image, tta='full'):
-    """Mean probability maps over the orientations of test-time augmentation.
+    """Mean probability maps over the orientations of test-time augmentation, for images predicted as a whole.
 
     predict: maps an RGB image, uint8 (H, W, 3), to probabilities, float (H', W', classes). tta: full / flips / none.
     Returns float32 (H', W', classes).
@@ -97,14 +135,15 @@ def predict_probabilities(predict, image, tta='full'):
 
 
 def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, batch_size=1, band_pixels=2 ** 23):
-    """Probability maps of an image of any size, band by band: `predict_probabilities` with `split_forward`'s windows.
+    """`predict_probabilities` with the sliding window, in horizontal bands, so that memory suffices for large images.
 
-    predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and a shape (H', W') that they are to be
-    padded to, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities) of
-    at least `band_pixels` pixels, but for the last, float32 (bottom - top, W, n_classes), from top to bottom. How the
-    image is cut into bands changes nothing: each pixel comes from one window of the whole image's grid, for every
-    orientation. Windows that write to two bands are computed twice; bands end where rows of windows do, so that
-    without augmentation there are none.
+    predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and the shape (H', W') to which they are to
+    be zero-padded, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities)
+    from top to bottom, float32 (bottom - top, W, n_classes); each band but the last has at least `band_pixels` pixels.
+
+    The bands do not change the result: in each orientation a pixel comes from the same window of the whole image's
+    grid. A window that writes into two bands is computed twice. Bands begin where a row of windows begins to write, so
+    that without augmentation no window is.
     """
     height, width = image.shape[:2]
     edges = [0]
@@ -112,55 +151,31 @@ def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, bat
         if (first - edges[-1]) * width >= band_pixels and first < height:
             edges.append(first)
     bands = list(zip(edges, [*edges[1:], height]))
-    jobs = [[list(_windows_of_band(*band, height, width, size, overlap, turns)) for turns, _ in ORIENTATIONS[tta]]
-            for band in bands]
-    progress = tqdm(total=sum(len(windows) for band in jobs for windows in band), desc='windows', unit='window',
-                    disable=None if height * width > 4 * size * size else True, leave=False)
-    for (top, bottom), orientations in zip(bands, jobs):
+
+    def windows_of(top, bottom, turns):
+        """The windows, in the image turned by `turns` x 90 degrees, that write into the band."""
+        if turns >= 2:                                                   # the rows run backwards
+            top, bottom = height - bottom, height - top
+        if turns % 2:                                                    # the rows have become columns
+            return list_windows(width, height, size, overlap, (0, width, top, bottom))
+        return list_windows(height, width, size, overlap, (top, bottom, 0, width))
+
+    windows_of_bands = [[windows_of(*band, turns) for turns, _ in ORIENTATIONS[tta]] for band in bands]
+    n_windows = sum(len(windows) for band in windows_of_bands for windows in band)
+    progress = tqdm(total=n_windows, desc='windows', unit='window', leave=False,
+                    disable=None if height * width > 4 * size * size else True)
+    for (top, bottom), windows_by_orientation in zip(bands, windows_of_bands):
         total = np.zeros((bottom - top, width, n_classes), np.float32)
-        for (turns, mirror), windows in zip(ORIENTATIONS[tta], orientations):
-            oriented, place = orient(image, turns, mirror), orient(total, turns, mirror)          # views
+        for orientation, windows in zip(ORIENTATIONS[tta], windows_by_orientation):
+            oriented_image, oriented_total = orient(image, *orientation), orient(total, *orientation)      # views
             for i in range(0, len(windows), batch_size):
-                batch = windows[i:i + batch_size]
-                crops = [np.ascontiguousarray(oriented[window.read]) for window in batch]
-                for window, output in zip(batch, predict(crops, batch[0].shape)):
-                    place[window.write] += output[window.take]
-                progress.update(len(batch))
+                group = windows[i:i + batch_size]
+                crops = [np.ascontiguousarray(oriented_image[window.read]) for window in group]
+                for window, result in zip(group, predict(crops, group[0].shape)):
+                    oriented_total[window.write] += result[window.take]
+                progress.update(len(group))
         yield top, bottom, total / len(ORIENTATIONS[tta])
     progress.close()
-
-
-class Window(NamedTuple):
-    """A window of an oriented image. read, write, take: pairs of slices, of the image, of a band's result (oriented as
-    the image), and of the window's output. shape: of the window with its padding."""
-    read: tuple
-    write: tuple
-    take: tuple
-    shape: tuple
-
-
-def _windows_of_band(top, bottom, height, width, size, overlap, turns):
-    """The Windows that write to rows top ... bottom of an image, in the image turned by 90 x `turns`."""
-    if turns >= 2:                                            # the image's rows run backwards
-        top, bottom = height - bottom, height - top
-    band = [(top, bottom), (0, width)]
-    sides = [height, width]
-    if turns % 2:
-        band, sides = band[::-1], sides[::-1]
-    pieces = []
-    for side, (low, high) in zip(sides, band):
-        grid = window_grid(side, size, overlap)[1]
-        ends = [first for _, _, first, _ in grid[1:]] + [side]          # where two windows write, the later one wins
-        found = []
-        for (start, stop, first, _), end in zip(grid, ends):
-            first, end = max(first, low), min(end, high)
-            if first < end:
-                found.append((slice(start, min(stop, side)), slice(first - low, end - low),
-                              slice(first - start, end - start), stop - start))
-        pieces.append(found)
-    for rows in pieces[0]:
-        for columns in pieces[1]:
-            yield Window(*zip(rows, columns))
 
 
 # ---------------------------------------------------------------------------------------------------
