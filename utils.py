@@ -11,7 +11,7 @@ from skimage import measure, morphology, segmentation
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from support.checkpoints import load_checkpoint  # noqa: F401  (the published code has it here)
+from support.checkpoints import load_checkpoint  # noqa: F401  (imported from here, as in the published code)
 from support.hausdorff import ObjectShapes, hausdorff_distances, nearest_object_distances
 from support.images import resize_bilinear
 from support.script import InputError
@@ -183,13 +183,13 @@ def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, bat
 # ---------------------------------------------------------------------------------------------------
 
 def disk(radius):
-    """Disk-shaped footprint, bool (2r + 1, 2r + 1): pixels within `radius` of the centre."""
+    """Disk-shaped footprint, bool (2 radius + 1, 2 radius + 1): the pixels within `radius` of the centre."""
     y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
     return x * x + y * y <= radius * radius
 
 
 def remove_small_components(mask, min_area):
-    """Drop the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
+    """Remove the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
     components, n = ndimage.label(mask)
     areas = sum(np.bincount(components[top:top + 2048].ravel(), minlength=n + 1)       # in pieces, for large images
                 for top in range(0, len(components), 2048))
@@ -199,49 +199,53 @@ def remove_small_components(mask, min_area):
 
 
 def inside_mask(probabilities, threshold=0):
-    """Where class 1 is, bool (H, W). probabilities: float (H, W, classes). threshold 0: where it is the most likely
-    class, as published; else where its probability is at least the threshold."""
+    """The pixels of class 1 (inside), bool (H, W). probabilities: float (H, W, classes).
+
+    threshold 0: the pixels where class 1 is the most likely class, as published. Else: those where its probability is
+    at least the threshold.
+    """
     return probabilities[..., 1] >= threshold if threshold else probabilities.argmax(axis=2) == 1
 
 
 def post_process(inside, min_area, radius, original_size=None, h_maxima=0, inside_map=None):
-    """From the mask of class 1 to an instance label.
+    """From the mask of class 1 to instances, int32 (H0, W0), 0 = background.
 
-    inside: bool (H, W), `inside_mask`. min_area: pixels, smaller 4-connected components go. original_size: (H0, W0)
-    when the network saw a scaled image; the mask is resized to it bilinearly. radius: pixels of the grey dilation
-    that gives back the contour. Returns int32 (H0, W0), 0 = background.
-    Not in the published method, and off at 0: h_maxima, a probability, see `split_objects`. It needs inside_map, the
-    inside probability, uint8 (H, W), 255 = 1, which it smooths by a Gaussian of 1 pixel. Parts of one object touch; the
-    dilation leaves the border between them where it is.
+    inside: bool (H, W), of `inside_mask`. min_area: pixels; smaller 4-connected components are removed. original_size:
+    (H0, W0), to which the mask is resized bilinearly if the network saw a scaled image. The 8-connected components are
+    the instances. radius: pixels of the grey dilation that restores the contour.
+
+    h_maxima, a probability, is not in the published method and off at 0: it splits instances with `split_objects`. It
+    needs inside_map, the inside probability, uint8 (H, W), 255 = 1, and smooths it with a Gaussian of 1 pixel. The
+    dilation does not move the border between two parts of a split instance.
     """
     mask = remove_small_components(inside, min_area)
     smooth = ndimage.gaussian_filter(inside_map, 1) if h_maxima else None
     if original_size is not None and mask.shape != tuple(original_size):
         mask = resize_bilinear(mask * np.uint8(255), original_size) > 127.5
         smooth = resize_bilinear(smooth, original_size) if h_maxima else None
-    label, _ = ndimage.label(mask, np.ones((3, 3)))
-    label = label.astype(np.int32, copy=False)
+    instances, _ = ndimage.label(mask, np.ones((3, 3)))
+    instances = instances.astype(np.int32, copy=False)
     if not h_maxima:
-        return dilate(label, radius)
-    parts = split_objects(label, smooth, h_maxima)
-    label = dilate(parts.copy(), radius)
-    np.copyto(label, parts, where=parts > 0)
-    return label
+        return dilate(instances, radius)
+    parts = split_objects(instances, smooth, h_maxima)
+    instances = dilate(parts.copy(), radius)
+    np.copyto(instances, parts, where=parts > 0)
+    return instances
 
 
-def split_objects(label, inside, h):
-    """Split objects along the valleys of the inside probability: a watershed from its h-maxima.
+def split_objects(instances, inside, h):
+    """Split instances along the valleys of the inside probability, by a watershed from its h-maxima.
 
-    label: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1. h: probability by which a maximum
-    stands out: all paths in the object from it to a higher one go down as far. An object with fewer than two of them
-    stays whole. Returns int32 (H, W), ids 1, 2, ...
+    instances: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1. h: the probability by which a
+    maximum must stand out: every path inside the instance to a higher maximum falls by at least h. An instance with
+    fewer than two such maxima stays whole. Returns int32 (H, W), ids 1, 2, ...
     """
-    result, n = np.zeros_like(label), 0
-    for i, window in enumerate(ndimage.find_objects(label), start=1):
-        region = label[window] == i
+    result, n = np.zeros_like(instances), 0
+    for i, window in enumerate(ndimage.find_objects(instances), start=1):
+        region = instances[window] == i
         parts = region.astype(np.int32)
         top = np.where(region, inside[window], 0).astype(int)
-        # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
+        # morphology.h_maxima does not fit: it separates maxima of equal height, however shallow the valley between them
         cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=np.ones((3, 3)))
         seeds, count = ndimage.label(morphology.local_maxima(cut, connectivity=2), np.ones((3, 3)))
         if count > 1:
@@ -251,47 +255,50 @@ def split_objects(label, inside, h):
     return result
 
 
-def dilate(label, radius, rows=2048):
-    """Grey dilation of an int (H, W) label with a disk, in place: where two objects meet, the higher id wins."""
+def dilate(instances, radius, rows=2048):
+    """Grey dilation of instances, int (H, W), with a disk, in place: where two meet, the higher id wins. Returns them.
+
+    radius: pixels. rows: how many rows are dilated at a time, which bounds the memory.
+    """
     footprint = disk(radius).astype(np.uint8)
-    fits_16_bits = label.max(initial=0) <= np.iinfo(np.uint16).max           # OpenCV dilates no larger integers
-    before = label[:0]                                               # the last rows above, as they were
-    for top in range(0, len(label), rows):
-        piece = np.concatenate([before, label[top:top + rows + radius]])
-        first, end = len(before), len(before) + rows
+    fits_16_bits = instances.max(initial=0) <= np.iinfo(np.uint16).max       # OpenCV dilates no larger integers
+    above = instances[:0]                                            # the last rows of the piece above, undilated
+    for top in range(0, len(instances), rows):
+        piece = np.concatenate([above, instances[top:top + rows + radius]])
+        first, end = len(above), len(above) + rows
         dilated = (cv2.dilate(piece.astype(np.uint16), footprint) if fits_16_bits
                    else ndimage.grey_dilation(piece, footprint=footprint))
-        label[top:top + rows] = dilated[first:end]
-        before = piece[max(end - radius, 0):end]
-    return label
+        instances[top:top + rows] = dilated[first:end]
+        above = piece[max(end - radius, 0):end]
+    return instances
 
 
 # ---------------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------------
-# Every object-level metric starts from one table of the objects that overlap (`overlap_table`).
-# What images with nothing to match score:
+# Every object-level metric is computed from the table of overlapping objects (`overlap_table`).
+# Scores of images without a pair of overlapping objects (H = Hausdorff distance):
 #
 #                             nuclei                      gland                       standard
-#                             all but H     Hausdorff     all but H     Hausdorff     all
+#                             all but H     H             all but H     H             all
 #   pred and gt empty         1             NaN           1             0             1
 #   one of the two empty      0             NaN           0             5e4           0
-#   no object overlaps        0             NaN           0             as usual      0
+#   no object overlaps        0             NaN           0             computed      0
 #
-# "Empty" means no object; for the gland metric, no ground-truth object of 3 pixels or more. `AverageMeter` leaves
-# NaN out of its averages. An image without background is no special case.
+# "Empty" means without objects; for the gland metric, without ground-truth objects of 3 pixels or more. `AverageMeter`
+# leaves NaN out of its averages. An image without background needs no special treatment.
 
 EPS = 1e-10                                        # in the denominators of the published ratios
-MIN_GLAND_AREA = 3                                 # smaller ground-truth glands are dropped, pixels
+MIN_GLAND_AREA = 3                                 # pixels; smaller ground-truth glands are dropped, as published
 
 NucleiScores = namedtuple('NucleiScores', 'recall precision F1 dice iou hausdorff AJI')        # hausdorff: pixels
 GlandScores = namedtuple('GlandScores', 'recall precision F1 dice iou hausdorff')
 
 
 class AverageMeter:
-    """Means of arrays of one shape, per element, over the values that are not NaN (NaN where there is none).
+    """Running mean of arrays, per element. NaN values are left out; an element without values has the mean NaN.
 
-    sum, count, avg: arrays of `shape`.
+    sum, count, avg: float arrays of `shape`.
     """
 
     def __init__(self, shape=1):
@@ -299,7 +306,7 @@ class AverageMeter:
         self.count = np.zeros(shape)
 
     def update(self, values, n=1):
-        """Add `values`, the mean of `n` samples."""
+        """Add `values`, an array of `shape` that is the mean of `n` samples."""
         values = np.asarray(values, dtype=float).reshape(self.sum.shape)
         valid = ~np.isnan(values)
         self.sum[valid] += n * values[valid]
@@ -312,11 +319,11 @@ class AverageMeter:
 
 
 def accuracy_pixel_level(output, target):
-    """Class 1 against the rest, mean over the batch.
+    """Pixel-level scores of class 1 against all other classes, means over the batch.
 
-    output, target: integer or bool (B, H, W). Returns (6,) accuracy, IoU, recall, precision, F1,
-    (recall + specificity) / 2. A ratio without any pixel in its denominator is 0.
-    Raises InputError on arrays that do not fit.
+    output, target: integer or bool (B, H, W). Returns float (6,): accuracy, IoU, recall, precision, F1,
+    (recall + specificity) / 2. A ratio without a pixel in its denominator is 0.
+    Raises InputError for arrays of other types, negative values or different shapes.
     """
     output, target = (labels.reshape(len(labels), -1) == 1 for labels in _checked(output, target, '(B, H, W)'))
     tp = (output & target).sum(1)
@@ -335,17 +342,17 @@ def accuracy_pixel_level(output, target):
 
 
 def nuclei_accuracy_object_level(pred, gt):
-    """Object-level scores of the nuclei experiments (paper section 3): `NucleiScores`.
+    """Object-level scores of the nuclei experiments (paper, section 3): `NucleiScores`.
 
-    pred, gt: integer or bool (H, W), 0 = background. In raster order each ground-truth object takes the free
-    prediction of highest IoU; any overlap makes a true positive. dice, iou, hausdorff are means over these pairs.
-    Raises InputError on arrays that do not fit.
+    pred, gt: integer or bool (H, W), 0 = background. In raster order, each ground-truth object takes the free
+    prediction of highest IoU; any overlap is a true positive. dice, iou and hausdorff (pixels) are means over these
+    pairs. Raises InputError as `accuracy_pixel_level` does.
     """
     return nuclei_scores_of(overlap_table(pred, gt))
 
 
 def nuclei_scores_of(table):
-    """`nuclei_accuracy_object_level` of an `OverlapTable` with its maps."""
+    """`nuclei_accuracy_object_level` from an `OverlapTable` with its maps."""
     if table.n_pred == table.n_gt == 0:
         return NucleiScores(1.0, 1.0, 1.0, 1.0, 1.0, np.nan, 1.0)
     pairs = _published_pairs(table)
@@ -362,15 +369,15 @@ def gland_accuracy_object_level(pred, gt):
     """Object-level scores of the GlaS challenge: `GlandScores`.
 
     pred, gt: integer or bool (H, W), 0 = background. A prediction is a true positive if it covers at least half of
-    the gland that it overlaps most; two predictions on one gland count once. dice, iou, hausdorff: area-weighted
-    means over the glands, each with the prediction that it overlaps most, and over the predictions likewise, halved.
-    Raises InputError on arrays that do not fit.
+    the gland that it overlaps most; two predictions on one gland count once. dice, iou and hausdorff (pixels) are
+    area-weighted means: over the glands, each with the prediction that it overlaps most, and over the predictions,
+    each with the gland that it overlaps most; then the mean of both. Raises InputError as `accuracy_pixel_level` does.
     """
     return gland_scores_of(overlap_table(pred, gt))
 
 
 def gland_scores_of(table):
-    """`gland_accuracy_object_level` of an `OverlapTable` with its maps."""
+    """`gland_accuracy_object_level` from an `OverlapTable` with its maps."""
     table = _without_small_gt(table, MIN_GLAND_AREA)
     if table.n_pred == table.n_gt == 0:
         return GlandScores(1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
@@ -380,7 +387,7 @@ def gland_scores_of(table):
     found = np.unique(table.gt[pred_pairs[covers_half]])
 
     pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
-    distance = np.full(len(table.iou), np.nan)                # of the pairs that count, which are often in both lists
+    distance = np.full(len(table.iou), np.nan)                # computed once for pairs that are in both lists
     pairs = np.union1d(pred_pairs, gt_pairs)
     distance[pairs] = hausdorff_distances(pred_shapes, table.pred[pairs], gt_shapes, table.gt[pairs])
     gt_means = _gland_means(gt_shapes, pred_shapes, table.gt[gt_pairs], table.iou[gt_pairs], distance[gt_pairs])
@@ -390,28 +397,28 @@ def gland_scores_of(table):
 
 
 def standard_metrics(pred, gt):
-    """The measures that other papers report: dict of aji, aji_plus, aji_fullnet, pq, dq, sq, f1, ap50, map, dice.
+    """The metrics that other papers report: dict of aji, aji_plus, aji_fullnet, pq, dq, sq, f1, ap50, map, dice.
 
-    pred, gt: integer or bool (H, W), 0 = background; their 8-connected regions are the objects.
-    aji: every ground-truth object with its best-IoU prediction (MoNuSeg). aji_plus: one-to-one, largest summed IoU.
-    aji_fullnet: the pairs of `nuclei_accuracy_object_level`. Of the pairs with IoU > 0.5: dq = f1 = 2 TP / (objects
-    in both maps), sq = mean IoU, pq = dq * sq. ap50, map: TP / (TP + FP + FN), TP one-to-one at IoU >= t; map is
-    the mean over t = 0.50, 0.55, ..., 0.95. dice: of the foreground pixels.
-    Raises InputError on arrays that do not fit.
+    pred, gt: integer or bool (H, W), 0 = background; the objects are their 8-connected regions of one value.
+    aji: each ground-truth object with the prediction of highest IoU (MoNuSeg). aji_plus: the one-to-one pairs of
+    largest summed IoU. aji_fullnet: the pairs of `nuclei_accuracy_object_level`.
+    dq = f1 = 2 TP / (objects in both maps), with TP pairs of IoU > 0.5; sq = their mean IoU; pq = dq * sq.
+    ap50: TP / (TP + FP + FN), with TP one-to-one pairs of IoU >= 0.5; map: its mean over the thresholds
+    0.50, 0.55, ..., 0.95. dice: of the foreground pixels. Raises InputError as `accuracy_pixel_level` does.
     """
     return standard_metrics_of(overlap_table(pred, gt))
 
 
 def standard_metrics_of(table):
-    """`standard_metrics` of an `OverlapTable`."""
+    """`standard_metrics` from an `OverlapTable`; its maps are not needed."""
     n_objects = table.n_pred + table.n_gt
     if n_objects == 0:
         return dict.fromkeys(('aji', 'aji_plus', 'aji_fullnet', 'pq', 'dq', 'sq', 'f1', 'ap50', 'map', 'dice'), 1.0)
-    # IoU > 0.5 makes pairs one-to-one by itself
+    # pairs with IoU > 0.5 are always one-to-one
     matched_iou = table.iou[table.iou > 0.5]
     dq = 2 * len(matched_iou) / n_objects
     sq = float(matched_iou.mean()) if len(matched_iou) else 0.0
-    # IoU = 0.5 does not (both halves of an object): the best free pair goes first
+    # pairs with IoU = 0.5 need not be (two halves of an object), so the pairs of highest IoU are taken first
     one_to_one_iou = table.iou[_one_to_one(table, np.lexsort((table.pred, table.gt, -table.iou)))]
     true_positives = np.array([np.sum(one_to_one_iou >= percent / 100) for percent in range(50, 100, 5)])
     ap = true_positives / (n_objects - true_positives)
@@ -441,7 +448,7 @@ class OverlapTable(NamedTuple):
 
 
 def pool(tables):
-    """One `OverlapTable`, without maps, of the objects of several images, as if these were one large image."""
+    """Join the `OverlapTable`s of several images, as if these were one large image. The result has no maps."""
     n_pred, n_gt = (np.cumsum([0] + [getattr(table, name) for table in tables]) for name in ('n_pred', 'n_gt'))
     areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)])
              for name in ('pred_area', 'gt_area')]
@@ -453,9 +460,9 @@ def pool(tables):
 
 
 def match_objects(pred, gt):
-    """{id in pred: (id in gt, IoU)}: one-to-one, the pairs of highest IoU first. pred, gt: int (H, W) label maps.
+    """Match the objects of two label maps one-to-one, pairs of highest IoU first. pred, gt: int (H, W), 0 = background.
 
-    Objects are what has one id, in however many pieces.
+    All pixels of one id are one object, also in several pieces. Returns {id in pred: (id in gt, IoU)}.
     """
     both = (pred > 0) & (gt > 0)
     pairs, intersection = np.unique(np.stack([pred[both], gt[both]]), axis=1, return_counts=True)
@@ -471,15 +478,15 @@ def match_objects(pred, gt):
 
 
 def overlap_table(pred, gt):
-    """`OverlapTable` of the 8-connected regions of equal value of two label maps.
+    """The `OverlapTable` of two label maps. Objects are their 8-connected regions of one value.
 
-    pred, gt: integer or bool (H, W), 0 = background, ids in any order and with gaps. Raises InputError on arrays that
-    do not fit.
+    pred, gt: integer or bool (H, W), 0 = background; ids may have any order and gaps. Raises InputError as
+    `accuracy_pixel_level` does.
     """
     (pred_map, pred_area), (gt_map, gt_area) = map(_regions, _checked(pred, gt, '(H, W)'))
     both = (pred_map > 0) & (gt_map > 0)
     codes = gt_map[both].astype(np.int64) * len(pred_area) + pred_map[both]
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # of runs: far fewer to sort than pixels
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # starts of runs; sorting runs is faster than pixels
     codes, runs = np.unique(codes[starts], return_inverse=True)
     intersection = np.bincount(runs, np.diff(starts, append=np.count_nonzero(both)), len(codes)).astype(int)
     gt_ids, pred_ids = np.divmod(codes, len(pred_area))
@@ -489,7 +496,10 @@ def overlap_table(pred, gt):
 
 
 def _regions(labels):
-    """Regions of equal value, int32 (H, W), numbered by their first pixel; their areas, (n + 1,), [0] is 0."""
+    """Regions of equal value, int32 (H, W), numbered in raster order of their first pixel, and areas (n + 1,).
+
+    The area of the background, [0], is set to 0.
+    """
     regions = measure.label(labels, background=0, connectivity=2).astype(np.int32)
     area = np.bincount(regions.ravel())
     area[0] = 0
@@ -497,8 +507,8 @@ def _regions(labels):
 
 
 def _without_small_gt(table, min_area):
-    """The table without the ground-truth objects under `min_area` pixels; the others are renumbered."""
-    keep = table.gt_area >= min_area                          # [0], of area 0, is not an object
+    """The table without ground-truth objects under `min_area` pixels; the others are renumbered without gaps."""
+    keep = table.gt_area >= min_area                          # the background, [0], has the area 0
     new_id = np.cumsum(keep, dtype=np.int32) * keep
     pairs = keep[table.gt]
     return table._replace(gt_map=new_id[table.gt_map], n_gt=int(keep.sum()), gt_area=np.append(0, table.gt_area[keep]),
@@ -507,7 +517,7 @@ def _without_small_gt(table, min_area):
 
 
 def _checked(pred, gt, axes):
-    """Both as arrays; InputError unless they are non-negative integers of one shape with these axes."""
+    """Both as arrays. Raises InputError unless both hold non-negative integers and have one shape with these axes."""
     pred, gt = np.asarray(pred), np.asarray(gt)
     for name, array in (('prediction', pred), ('ground truth', gt)):
         if array.dtype.kind not in 'bui':
@@ -527,20 +537,23 @@ def _detection_scores(tp, table):
 
 
 def _aji(table, pairs):
-    """Sum of intersections / (sum of unions + areas of the objects in no pair). pairs: indices into the table."""
+    """Aggregated Jaccard index: sum of intersections / (sum of unions + areas of the objects in no pair).
+
+    pairs: indices of pairs in the table.
+    """
     alone = (table.gt_area.sum() - table.gt_area[np.unique(table.gt[pairs])].sum()
              + table.pred_area.sum() - table.pred_area[np.unique(table.pred[pairs])].sum())
     return float(table.intersection[pairs].sum() / (table.union[pairs].sum() + alone))
 
 
 def _best_pairs(objects, score, partners):
-    """Index of each object's pair of highest score, on a tie the one of the lowest partner; in order of objects."""
+    """For each object, in order, the index of its pair of highest score; on a tie, the pair of the lowest partner."""
     order = np.lexsort((partners, -score, objects))
     return order[np.unique(objects[order], return_index=True)[1]]
 
 
 def _one_to_one(table, order):
-    """Those of the pairs, taken in `order`, of which both objects are still free."""
+    """Go through the pairs in `order`, and keep those whose objects are both still free. Returns their indices."""
     gt_taken, pred_taken, pairs = set(), set(), []
     for i, gt, pred in zip(order.tolist(), table.gt[order].tolist(), table.pred[order].tolist()):
         if gt not in gt_taken and pred not in pred_taken:
@@ -551,15 +564,19 @@ def _one_to_one(table, order):
 
 
 def _published_pairs(table):
-    """In raster order each ground-truth object takes the free prediction of highest IoU, the first on a tie."""
+    """The published pairs: in raster order, each ground-truth object takes the free prediction of highest IoU.
+
+    On a tie it takes the prediction that comes first in raster order.
+    """
     return _one_to_one(table, np.lexsort((table.pred, -table.iou, table.gt)))
 
 
 def _largest_iou_sum_pairs(table):
-    """The one-to-one pairs with the largest summed IoU.
+    """The one-to-one pairs with the largest summed IoU, by solving an assignment problem.
 
-    A sparse assignment problem, in which each ground-truth object may also take a partner of its own that stands for
-    "none". The 1 added to every weight (a sparse matrix has no zeros) is in all sums alike: all get a partner.
+    SciPy's solver gives every ground-truth object a partner. So each may also take a dummy partner of IoU 0, which
+    means "no partner". All weights are 1 + IoU, because a sparse matrix stores no zeros. The 1 changes no comparison:
+    it is added once for each ground-truth object.
     """
     if len(table.iou) == 0:
         return np.array([], dtype=int)
@@ -575,10 +592,10 @@ def _largest_iou_sum_pairs(table):
 
 
 def _gland_means(own_shapes, other_shapes, own, iou, distance):
-    """Area-weighted means, (3,) dice, iou, hausdorff, over all objects of one map; 0 if it has none.
+    """Area-weighted means over all objects of one map: float (3,) dice, iou, hausdorff; 0 without objects.
 
-    own: (n,) the objects that have a partner; iou, distance: IoU and Hausdorff distance of each with its partner. The
-    remaining objects have dice and iou 0 and the smallest Hausdorff distance to any object of the other map.
+    own: int (n,), the objects with a partner. iou, distance: (n,), IoU and Hausdorff distance to the partner. An object
+    without partner has dice and iou 0, and the smallest Hausdorff distance to any object of the other map.
     """
     n_objects = len(own_shapes.area)
     if n_objects == 0:
