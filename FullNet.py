@@ -106,7 +106,7 @@ class Stages(nn.Sequential):
         if cpu_stage.suits(self, x):
             return cpu_stage.run(self, x)
         if self.mode == 'auto' and x.device.type == 'cpu' and cpu_stage.is_large(x):
-            x = x.contiguous(memory_format=torch.channels_last)          # the fastest layout for convolutions on the CPU
+            x = x.contiguous(memory_format=torch.channels_last)        # the fastest layout for convolutions on the CPU
         return super().forward(x)
 
 

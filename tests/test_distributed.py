@@ -145,7 +145,7 @@ def test_images_are_shared_out_in_testing(data, tmp_path):
 
 def test_gpus_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(devices, 'problem_of', lambda device: None)
+    monkeypatch.setattr(devices, 'device_problem', lambda device: None)
     monkeypatch.setattr(sys, 'argv', ['train.py', '--gpu', '0', '1'])
     with pytest.raises(InputError, match='--gpu names 2 GPUs, and one process uses one; start a process for each with: '
                                          'torchrun --nproc-per-node 2 train.py --gpu 0 1$'):
