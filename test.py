@@ -88,7 +88,7 @@ def main(argv=None):
     processes.shut_down()
     if n_skipped:
         print(f'{n_skipped} images were finished before with the same options and weights and are kept '
-              f'(--overwrite True computes them again)')
+              f'(--overwrite True recomputes them)')
 
     # 4. tables of results
     if test['label_dir'] and processes.rank == 0:

@@ -108,7 +108,7 @@ def load_weights(model, state_dict, options, path):
         not_finite = [key for key, value in state_dict.items() if not torch.isfinite(value.float()).all()]
         model.load_state_dict(state_dict)
     except (RuntimeError, NotImplementedError) as error:         # sparse, quantised, or larger than their data
-        raise InputError(f'{path} holds tensors that are no weights ({str(error).splitlines()[0]}); '
+        raise InputError(f'{path} holds tensors that are not weights ({str(error).splitlines()[0]}); '
                          f'copy it again') from error
     if not_finite:
         raise InputError(f'{path}: {not_finite[0]} holds NaN or infinite weights; use an earlier checkpoint')
@@ -186,7 +186,7 @@ def load_mean_std_of_run(data_dir, checkpoint, path):
     if 'mean_std' in checkpoint and not np.allclose(mean_std, check_mean_std(checkpoint['mean_std'], path), rtol=0,
                                                     atol=1e-9):
         raise InputError(f'{data_dir}/mean_std.npy is not that of {path}, which was trained on other images; give the '
-                         f'--data-dir of its run, or train on these with --init-from')
+                         f'--data-dir of its run, or start a new run on these images with --init-from')
     return mean_std
 
 
@@ -200,8 +200,8 @@ def check_mean_std(array, path):
         raise InputError(f'{path} holds {array.dtype} of shape {array.shape}; expected finite floats of shape (2, 3), '
                          f'mean and standard deviation per channel; prepare_data.py writes it')
     if (array[1] <= 0).any():
-        raise InputError(f'{path} has a standard deviation of 0 or less; prepare_data.py writes it anew')
+        raise InputError(f'{path} has a standard deviation of 0 or less; run prepare_data.py again')
     if array.min() < 0 or array.max() > 1:
-        raise InputError(f'{path} holds values from {array.min():g} to {array.max():g}; expected those of colours '
+        raise InputError(f'{path} holds values from {array.min():g} to {array.max():g}; expected colour values '
                          f'from 0 to 1; prepare_data.py writes it')
     return array.astype(np.float64)

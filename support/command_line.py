@@ -309,9 +309,10 @@ class CommandLine:
                     raise InputError(f'{flag} is {show(value)}; expected at least 1 point and a sigma of at least 0')
             if transforms.get('to_tensor') != 1:
                 raise InputError(f'--transform.{split}.to_tensor is {transforms.get("to_tensor", "none")}; expected 1: '
-                                 f'the image becomes numbers, weight map and label stay whole numbers')
+                                 f'only the image becomes float, not the weight map and the label')
             if 'label_encoding' not in transforms and split != 'test':
-                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: losses need classes')
+                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: the loss needs '
+                                 f'classes')
 
     def as_dict(self):
         """All groups in one nested dict of plain values, as it is stored in checkpoints and JSON."""

@@ -49,12 +49,12 @@ def find_sources(dataset, options):
     """
     if bool(options['img_dir']) != bool(options['label_dir']):
         given, other = ('img', 'label') if options['img_dir'] else ('label', 'img')
-        raise InputError(f"--{given}-dir is given without --{other}-dir; one's own data needs both")
+        raise InputError(f"--{given}-dir is given without --{other}-dir; your own data needs both")
     if options['img_dir']:
         return find_own_data(dataset, options['img_dir'], options['label_dir'], options['split'], options['fractions'],
                              options['seed'])
     if options['split']:
-        raise InputError("--split is for one's own data, given as --img-dir and --label-dir; leave it out")
+        raise InputError('--split is for your own data, given by --img-dir and --label-dir; leave it out')
     if dataset == 'GlaS':
         return find_glas(options['raw_dir'], options['val_fraction'], options['seed'])
     return find_multi_organ(options['raw_dir'], options['anchor'], options['others'])
@@ -110,7 +110,7 @@ def _read_split(path, allowed):
         raise InputError(f'{path}: {expected}')
     names = [name for group in split.values() for name in group]
     if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
-        raise InputError(f'{path}: a name is not that of a file without its ending; {expected}')
+        raise InputError(f'{path}: each name must be a file name without extension; {expected}')
     if not set(split) <= set(allowed) or not split.get('train') or not split.get('val'):
         raise InputError(f'{path} has {", ".join(split) or "nothing"}; {expected}')
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -354,7 +354,7 @@ def refuse_data_dir(options):
             raise InputError(f'the prepared data would replace the raw data: --data-dir {data_dir}, {flag} '
                              f'{options[name]}; give a --data-dir outside it')
     if data_dir.is_file():
-        raise InputError(f'--data-dir {data_dir} is a file; expected a folder, or a name for one')
+        raise InputError(f'--data-dir {data_dir} is a file; expected a folder, or a new name')
     try:
         ours = set(json.loads((data_dir / 'prepare_report.json').read_text(encoding='utf-8'))['files'])
     except (OSError, ValueError, KeyError, TypeError):                   # no report, or not one of ours

@@ -43,8 +43,8 @@ def choose_device(gpu='auto', process=0, n_processes=1):
         raise InputError(f'--gpu names {len(gpu)} GPUs, and one process uses one; start a process for each with: '
                          f'torchrun --nproc-per-node {len(gpu)} {shlex.join(sys.argv)}')
     if process >= len(numbers):
-        raise InputError(f'torchrun started more processes on this machine than the {len(numbers)} GPUs there are for '
-                         f'them; use --nproc-per-node {len(numbers)}, or --gpu cpu')
+        raise InputError(f'torchrun started more processes on this machine than there are GPUs for them '
+                         f'({len(numbers)}); use --nproc-per-node {len(numbers)}, or --gpu cpu')
     device = torch.device('cuda', numbers[process])
     problem = device_problem(device)
     if problem and gpu == 'auto' and n_processes == 1:
@@ -233,7 +233,7 @@ def in_processes(function, arguments, workers):
             for future in futures:
                 yield future.result()
         except BrokenProcessPool:
-            raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '
-                             f'again, with fewer --workers') from None
+            raise InputError(f'one of the {workers} processes was killed, perhaps because memory ran out; run the same '
+                             f'command again, with fewer --workers') from None
         finally:
             pool.shutdown(cancel_futures=True)

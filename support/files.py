@@ -92,7 +92,7 @@ class FolderLock:
         """Raise InputError if the folder was moved or deleted. Writing now would make a second, partial folder."""
         if not self.is_in_place():
             raise InputError(f'{self.path.parent} was moved or deleted while it was written; run the same command '
-                             f'again, with the place where it is now: what is finished is kept')
+                             f'again with its new path: finished images are kept')
 
     def release(self):
         """Unlock the folder and remove the lock file."""

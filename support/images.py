@@ -357,7 +357,7 @@ def _read_with_tifffile(path):
             return np.moveaxis(pixels, 0, -1) if page.axes[0] == 'S' else pixels
     except Exception as error:
         if 'imagecodecs' in str(error) or isinstance(error, ImportError):
-            raise InputError(f'{path} is a TIFF of an unusual kind, which is not read with its compression; save it '
+            raise InputError(f'{path} is a TIFF whose kind and compression are not supported together; save it '
                              f'uncompressed, or with deflate') from error
         raise damaged(path, error) from error
 

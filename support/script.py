@@ -118,7 +118,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         if self.processes.rank == 0:
-            _say('\nstopping after this step, with a checkpoint' + '; once more to stop at once' * alone)
+            _say('\nstopping after this step; saving a checkpoint' + '; press Ctrl-C again to stop at once' * alone)
 
     def check(self, save):
         """If a signal came to any of the processes, call `save()` and exit."""
