@@ -58,10 +58,7 @@ class RandomTransform:
 
 
 class RandomResize(RandomTransform):
-    """Resize bilinearly by a uniform factor in [lo, hi]. Smaller images are zero-padded to their size, centred.
-
-    Larger ones are not cropped; `random_crop` does that.
-    """
+    """Resize bilinearly by a uniform factor in [lo, hi]; zero-pad smaller results to the old size, image centred."""
 
     def __init__(self, lo, hi):
         self.lo, self.hi = lo, hi

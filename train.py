@@ -219,8 +219,7 @@ def validate(setup, model, loader):
 def own_images(n_images, processes):
     """Indices of the images that this process validates, list of int.
 
-    All processes get equally many, because they wait for each other. Where the images do not suffice, the last one is
-    repeated.
+    All processes get equally many, because they wait for each other; the last image may be repeated for that.
     """
     return [min(i, n_images - 1) for i in
             range(processes.rank, -(-n_images // processes.count) * processes.count, processes.count)]
@@ -271,10 +270,6 @@ def half_cosine(start, end, t):
     """Go from `start` at t = 0 to `end` at t = 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
-
-# ---------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------
 
 def load_data(opt, split, mean_std):
     """The DataFolder of the split 'train' or 'val' in data_dir. mean_std: (2, 3), what `normalize` uses."""
