@@ -45,12 +45,12 @@ PATCH_SIZE = 250                                                     # pixels, a
 def instance_label_from_xml(xml_path, height, width, layers=()):
     """Draw the regions of an Aperio ImageScope annotation (MoNuSeg's XML), or a HALO one, as an instance label.
 
-    layers: names of the annotation layers to draw; all if empty. Returns int32 (height, width): 0 = background, else
-    the region's position in the document counted from 1 (not its Id). A pixel in several regions belongs to the first
-    of them. A negative region is a hole in the region that it overlaps most. Vertices may lie outside the image.
-    Regions that get no pixel keep their numbers and are counted in a note. Raises InputError for a file that is no such
-    XML, has a DTD (and so might have entities), no region or none with a pixel, or a coordinate that is not a finite
-    number.
+    layers: names of the annotation layers to draw; all if empty. Returns int32 (height, width): 0 = background; an id
+    is the position of its region in the document, from 1 (not the region's Id). A pixel in several regions belongs to
+    the first of them. A negative region is a hole in the region that it overlaps most. Vertices may lie outside the
+    image. The ids of regions without a pixel stay unused, and a note counts such regions. Raises InputError for a file
+    that is not such XML, has a DTD (which could define entities), has no region, or none with a pixel, or has a
+    coordinate that is not a finite number.
     """
     shape, name, regions = (height, width), Path(xml_path).name, read_xml_regions(xml_path)
     found = list(dict.fromkeys(region.layer for region in regions))
@@ -85,18 +85,18 @@ def instance_label_from_xml(xml_path, height, width, layers=()):
 
 
 class Region(NamedTuple):
-    """A region of an annotation. vertices: list of (X, Y). kind: its Type, in ImageScope a number, in HALO a word."""
-    vertices: list
-    kind: str
-    negative: bool
-    layer: str
+    """A region of an annotation."""
+    vertices: list            # of (X, Y), float, pixels
+    kind: str                 # its Type: a number in ImageScope, a word in HALO
+    negative: bool            # a hole
+    layer: str                # name of its annotation layer
 
 
 def _pixels_of_region(region, shape):
-    """(rows, columns) of the pixels in a region."""
+    """(rows, columns) of the pixels in a region, both int (n,). shape: (H, W) of the image."""
     if not region.vertices:
         return np.zeros((2, 0), int)
-    # Coordinates are 1-based pixel centres. No image reaches 1e9 pixels; the clip keeps integers from overflowing.
+    # Coordinates are 1-based pixel centres. Clipping at 1e9 pixels, larger than any image, avoids integer overflow.
     x, y = np.clip(np.array(region.vertices), -1e9, 1e9).T - 1
     if region.kind in ('2', 'Ellipse'):                                  # the vertices span its bounding box
         radii = (np.ptp(y) / 2, np.ptp(x) / 2)
@@ -107,7 +107,7 @@ def _pixels_of_region(region, shape):
         x, y = x[[0, 1, 1, 0]], y[[0, 0, 1, 1]]
     if len(x) < 3:
         return np.zeros((2, 0), int)
-    # the two small shifts settle pixels that lie exactly on an edge nearly as MATLAB's poly2mask does
+    # the two small shifts treat pixels exactly on an edge nearly as MATLAB's poly2mask does
     return polygon(y + 1e-6, x + 2e-6, shape)
 
 

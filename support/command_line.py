@@ -103,7 +103,7 @@ def float_pair(words):
 def show(value):
     """The value of an option as it is written on the command line."""
     if isinstance(value, (tuple, list)):
-        return ' '.join(str(v) for v in value) or 'cpu'
+        return ' '.join(str(v) for v in value) or ('cpu' if value == [] else "''")           # [] is of --gpu
     return 'none' if value is None else str(value) if value != '' else "''"
 
 

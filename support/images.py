@@ -25,12 +25,13 @@ WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for inst
 MAX_MEGAPIXELS = 1000
 # of TIFFs: none, CCITT, LZW, JPEG, deflate, PackBits, deflate
 USUAL_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
-# Deflate packs 1,032 to 1; a byte holds up to 8 palette pixels. Up to ANY_MEGAPIXELS a file may declare anything.
+# A file that declares more pixels than its bytes can hold is refused, if it is larger than ANY_MEGAPIXELS. Deflate
+# compresses at most 1,032 to 1, and a byte holds at most 8 pixels of a palette image.
 PIXELS_PER_BYTE = 10_000
 ANY_MEGAPIXELS = 16
 
-logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in our errors
-Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
+logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # our InputErrors say what is damaged
+Image.MAX_IMAGE_PIXELS = None        # `open_image` checks max_megapixels instead
 
 
 def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
@@ -65,10 +66,10 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
 
 
 def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
-    """The instance label of each image: `{name}` with one of LABEL_ENDINGS in label_dir.
+    """The path of the instance label of each image: `{name}` with one of LABEL_ENDINGS in label_dir.
 
-    Names are compared in one Unicode form. Raises InputError if some are missing, which ends with `hint`, or if an
-    image has two, or if label_dir is the folder of the images.
+    Names are compared in their composed Unicode form. Raises InputError if an image has two labels or none (the latter
+    message ends with `hint`), or if label_dir is the folder of the images.
     """
     if images and Path(label_dir).resolve() == images[0].resolve().parent:
         raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
@@ -89,7 +90,7 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
 
 
 def composed(name):
-    """A file's name in the composed Unicode form: macOS writes another one, which looks the same."""
+    """A file name in composed Unicode form. macOS uses another form, which looks the same but is not equal."""
     return unicodedata.normalize('NFC', name)
 
 
@@ -139,6 +140,7 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
 
 
 def _check_megapixels(path, width, height, max_megapixels):
+    """Raise InputError if an image is larger than max_megapixels, or than its file can hold."""
     megapixels, n_bytes = width * height / 1e6, path.stat().st_size
     if megapixels > max_megapixels:
         raise InputError(f'{path} declares {width} x {height} = {megapixels:.0f} megapixels, more than '
@@ -172,7 +174,7 @@ def orientation_of(image, path):
 
 
 def refuse_unusual_tiff(path):
-    """Raise InputError if a file is a TIFF that is sound and of a kind that is not read, such as JPEG 2000."""
+    """Raise InputError if a file is an undamaged TIFF of a kind that is not supported, such as JPEG 2000."""
     page = _first_page(path)
     if page is None:
         return
@@ -186,16 +188,16 @@ def refuse_unusual_tiff(path):
 
 
 def _first_page(path):
-    """The first page of a TIFF as tifffile knows it; None if the file is no TIFF, or damaged."""
+    """The first page of a TIFF, a tifffile page; None if the file is not a TIFF, or damaged."""
     try:
         with tifffile.TiffFile(path) as file:
             return file.pages[0]
-    except Exception:                # a damaged file makes it raise almost anything
+    except Exception:                # on a damaged file tifffile can raise almost any error
         return None
 
 
 def damaged(path, error):
-    """The InputError for a file that a decoder failed on; one line, whatever the decoder said."""
+    """The InputError, in one line, for a file that a decoder could not read. error: what the decoder said."""
     refuse_unusual_tiff(path)
     said = ' '.join(str(error).split())[:200] or type(error).__name__
     return InputError(f'{path} is damaged or truncated ({said}); copy it again')
@@ -279,7 +281,10 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
 
 
 def _three_planes(image, path):
-    """RGB, uint8 (H, W, 3), of a TIFF whose metadata (ImageJ, OME) call its three grey pages channels; else None."""
+    """Read a TIFF whose metadata (ImageJ, OME) say that its three grey pages are channels: uint8 RGB (H, W, 3).
+
+    None for any other file.
+    """
     if image.format != 'TIFF' or image.mode != 'L' or getattr(image, 'n_frames', 1) != 3:
         return None
     try:
@@ -345,7 +350,7 @@ def _read_with_opencv(path):
 
 
 def _read_with_tifffile(path):
-    """The numbers of a TIFF as they are stored, (H, W) or (H, W, channels)."""
+    """The stored values of a TIFF: (H, W) or (H, W, channels)."""
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]               # a damaged list of pages could be endless
@@ -403,12 +408,14 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
 
 
 def _instances_of(label, path, binary_labels):
-    """The instance label of a label, int32 (H, W), that may be a mask or a class map; notes say what was done.
+    """The instances of a label, int32 (H, W), which may be a mask or a class map. Notes say what was done.
 
-    With binary_labels the 8-connected components of the foreground: of what is above 0, or, where the largest value is
-    over 16, of what has at least half of it, since masks that were resized or were JPEGs have values in between. What
-    looks like an instance label stays one: at most one of its values, or less than half of its pixels, are in several
-    pieces, and the largest of many values does not have most of the pixels, as in a mask of one object with grey edges.
+    With binary_labels they are the 8-connected components of the foreground. Foreground are the values above 0; if the
+    largest value is above 16, those of at least half of it, because resizing and JPEG give masks values in between.
+
+    A label that looks like an instance label is kept as it is. In such a label, at most one value, or less than half of
+    the pixels, is in several pieces. And of more than 16 values the largest does not have most of the pixels, as it has
+    in a mask of one object with grey edges.
     """
     values, areas = np.unique(label, return_counts=True)
     values, areas = values[values > 0], areas[values > 0]

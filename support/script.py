@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose user's mistakes are one line, an InputError; `~` at the start of a path is expanded."""
+    """An ArgumentParser that raises InputError instead of printing its usage, and expands `~` in paths."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand_home(word):
-    """`~/x` and `--option=~/x` with the home folder in place of `~`, which a shell leaves there in some places."""
+    """Expand `~` in `~/x` and `--option=~/x` to the home folder. A shell does not do it in the latter."""
     option, equals, value = word.partition('=') if word.startswith('--') else ('', '', word)
     return option + equals + (os.path.expanduser(value) if value[:1] == '~' else value)
 
