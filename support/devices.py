@@ -43,8 +43,8 @@ def choose_device(gpu='auto', process=0, n_processes=1):
         raise InputError(f'--gpu names {len(gpu)} GPUs, and one process uses one; start a process for each with: '
                          f'torchrun --nproc-per-node {len(gpu)} {shlex.join(sys.argv)}')
     if process >= len(numbers):
-        raise InputError(f'torchrun started more processes on this machine than there are GPUs for them '
-                         f'({len(numbers)}); use --nproc-per-node {len(numbers)}, or --gpu cpu')
+        raise InputError(f'torchrun started more processes on this machine than the {len(numbers)} GPUs there are for '
+                         f'them; use --nproc-per-node {len(numbers)}, or --gpu cpu')
     device = torch.device('cuda', numbers[process])
     problem = device_problem(device)
     if problem and gpu == 'auto' and n_processes == 1:
