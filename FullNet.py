@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from support import cpu_stage
 from support.script import InputError
 
-# Hybrid dilation: the dilation of each layer of a dense block, by (block dilation, n_layers). Consecutive rates
-# without a common factor leave no gridding in the receptive field (paper, section 2.1).
+# Hybrid dilation: the dilation of each layer of a dense block, by (block dilation, n_layers). Consecutive dilations
+# have no common factor, so that the receptive field has no gaps ("gridding"; paper, section 2.1).
 HYBRID_DILATIONS = {
     (1, 4): (1, 1, 1, 1),
     (2, 4): (1, 2, 3, 2),
@@ -27,7 +27,10 @@ MODES = ('auto', 'plain', 'fast')
 
 
 def layer_dilations(block_dilation, n_layers, is_hybrid=True):
-    """Dilation of each of the `n_layers` layers of a dense block. Raises ValueError for a pair not in the table."""
+    """The dilations of the layers of a dense block, tuple of `n_layers` int.
+
+    Raises ValueError for a pair (block_dilation, n_layers) that is not in HYBRID_DILATIONS.
+    """
     if not is_hybrid:
         return (block_dilation,) * n_layers
     if (block_dilation, n_layers) not in HYBRID_DILATIONS:
@@ -38,7 +41,7 @@ def layer_dilations(block_dilation, n_layers, is_hybrid=True):
 
 
 class ConvLayer(nn.Sequential):
-    """Convolution without bias -> LeakyReLU -> batch norm, in this order. Keeps height and width."""
+    """Convolution without bias -> LeakyReLU -> batch norm: (B, in, H, W) -> (B, out, H, W). Batch norm comes last."""
 
     def __init__(self, in_channels, out_channels, kernel_size, dilation=1):
         super().__init__()
@@ -50,7 +53,7 @@ class ConvLayer(nn.Sequential):
 
 
 class DenseLayer(nn.Module):
-    """`growth_rate` new channels from all channels so far: (B, C, H, W) -> (B, growth_rate, H, W)."""
+    """Compute `growth_rate` new channels from all channels so far: (B, C, H, W) -> (B, growth_rate, H, W)."""
 
     def __init__(self, in_channels, growth_rate, drop_rate, dilation, layer_type):
         super().__init__()
@@ -68,7 +71,10 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """`n_layers` dense layers, each fed with the block's input and the output of all layers before it."""
+    """Dense layers, one for each of `dilations`: (B, C, H, W) -> (B, C + n_layers * growth_rate, H, W).
+
+    Each layer sees the input of the block and the output of all layers before it.
+    """
 
     def __init__(self, in_channels, growth_rate, drop_rate, dilations, layer_type):
         super().__init__()
@@ -85,11 +91,11 @@ class DenseBlock(nn.Sequential):
 
 
 class Stages(nn.Sequential):
-    """block1, trans1, block2, trans2, ... (with resampling in FCN_pooling), one after the other.
+    """block1, trans1, block2, trans2, ... one after the other; FCN_pooling also resamples between them.
 
-    mode: 'plain' runs the modules as they are written above. 'fast' runs each pair of dense block and transition on the
-    CPU through support/cpu_stage.py, with the same results. 'auto' is fast where that is possible and worth it.
-    memory_efficient, amp: of the fast mode, see there; elsewhere amp is torch.autocast's business.
+    mode: 'plain' runs the modules as they are written above. 'fast' runs each dense block with its transition on the
+    CPU by support/cpu_stage.py, with the same results up to rounding. 'auto' chooses 'fast' if it is possible and worth
+    it. memory_efficient, amp: for the fast mode only (support/cpu_stage.py: run); on a GPU torch.autocast does amp.
     """
 
     mode = 'auto'
@@ -100,17 +106,17 @@ class Stages(nn.Sequential):
         if cpu_stage.suits(self, x):
             return cpu_stage.run(self, x)
         if self.mode == 'auto' and x.device.type == 'cpu' and cpu_stage.is_large(x):
-            x = x.contiguous(memory_format=torch.channels_last)          # the layout the CPU's convolutions like best
+            x = x.contiguous(memory_format=torch.channels_last)        # the fastest layout for convolutions on the CPU
         return super().forward(x)
 
 
 class FullNet(nn.Module):
     """Dense blocks at full resolution: (B, color_channels, H, W) -> (B, output_channels, H, W), any H and W.
 
-    dilations: one dense block (`n_layers` layers of `growth_rate` channels) for each entry, followed by a 1x1
-    transition that keeps `compress_ratio` of the channels. drop_rate: element-wise dropout after each layer.
-    is_hybrid: vary the dilation inside a block. layer_type: 'basic' (one 3x3) or 'bottleneck' (1x1, then 3x3).
-    Raises ValueError for values that make no network.
+    dilations: each entry adds a dense block (`n_layers` layers of `growth_rate` channels) and a 1x1 transition, which
+    keeps the share `compress_ratio` of the channels. drop_rate: element-wise dropout after each layer. is_hybrid: vary
+    the dilation inside a block. layer_type: 'basic' (one 3x3 convolution) or 'bottleneck' (1x1, then 3x3).
+    Raises ValueError for values from which no network can be built.
     """
 
     def __init__(self, color_channels, output_channels=2, n_layers=6, growth_rate=24, compress_ratio=0.5,
@@ -134,10 +140,10 @@ class FullNet(nn.Module):
         self.reset_parameters()
 
     def add_resampling(self, i):
-        """FullNet has none: every block works at the input's resolution."""
+        """FCN_pooling resamples after transition i. FullNet does not: every block keeps the input's resolution."""
 
     def reset_parameters(self):
-        """Convolutions ~ N(0, 2 / (k * k * output channels)), batch norm 1 and 0."""
+        """Draw the initial weights: convolutions ~ N(0, variance 2 / (k * k * output channels)); batch norm 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -146,7 +152,7 @@ class FullNet(nn.Module):
                 module.reset_parameters()
 
     def set_mode(self, mode='auto', memory_efficient=False, amp=False):
-        """How to compute, not what: see Stages. Raises ValueError for an unknown mode. Returns self."""
+        """Choose how the same result is computed, see Stages. Returns self. Raises ValueError for an unknown mode."""
         if mode not in MODES:
             raise ValueError(f"mode is '{mode}'; expected one of {', '.join(MODES)}")
         self.blocks.mode, self.blocks.memory_efficient, self.blocks.amp = mode, memory_efficient, amp
@@ -159,8 +165,9 @@ class FullNet(nn.Module):
 class FCN_pooling(FullNet):
     """The paper's ablation: FullNet with 2x2 max pooling after blocks 1-4 and bilinear x4 upsampling after 5 and 6.
 
-    Needs exactly 7 dilations. The published forward returns floor(H / 16) * 16 rows and columns; here the input is
-    zero-padded (bottom, right) to multiples of 16 and the output cropped back, so that it too has the input's size.
+    (B, color_channels, H, W) -> (B, output_channels, H, W). Raises ValueError unless there are exactly 7 dilations.
+    Deviation: the published output has only floor(H / 16) * 16 rows and floor(W / 16) * 16 columns. Here the input is
+    zero-padded at the bottom and right to multiples of 16 and the output is cropped, so that it has the input's size.
     """
 
     def __init__(self, color_channels, output_channels=2, n_layers=6, growth_rate=24, compress_ratio=0.5,
@@ -186,17 +193,13 @@ NETWORKS = {'FullNet': FullNet, 'FCN_pooling': FCN_pooling}
 
 
 def create_model(name='FullNet', in_c=3, out_c=3, **options):
-    """The network of the `model` option group. Raises InputError for an unknown name or values that fit no network."""
+    """Build the network of the option group `model`.
+
+    Raises InputError for an unknown name, and for values from which no network can be built.
+    """
     if name not in NETWORKS:
         raise InputError(f"no such model: its name is '{name}'; expected one of {', '.join(NETWORKS)}")
     try:
         return NETWORKS[name](in_c, out_c, **options)
     except (ValueError, TypeError) as error:
         raise InputError(f'no such model: {error}') from error
-
-
-# The fast path on the CPU
-
-
-
-

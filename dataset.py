@@ -1,4 +1,4 @@
-"""Reading images, labels and folders of them; the training set of (image, weight map, label)."""
+"""The training and validation sets: (image, weight map, ternary label), batches, and their order."""
 import itertools
 from pathlib import Path
 
@@ -11,25 +11,23 @@ from support.images import read_instance_label  # noqa: F401  (users read labels
 from support.images import decode, list_images, missing_files_message, open_image, read_image
 from support.script import InputError
 
-# ---------------------------------------------------------------------------------------------------
-# Training and validation set
-# ---------------------------------------------------------------------------------------------------
 
 class DataFolder(torch.utils.data.Dataset):
-    """Items (image, weight map, label), transformed together.
+    """Samples (image, weight map, ternary label), transformed together.
 
-    dir_list: the folders [images, weight maps, labels]. Item k > 0 of image `X.ext` is the file `X_{post_fix[k-1]}`
-    in dir_list[k]. num_channels: for each item 1 (opened as it is) or 3 (converted to RGB). data_transform: maps
-    (list of Pillow images, NumPy generator) to tensors; without it an item is a list of Pillow images.
-    Raises InputError that names the files if an image has no partner, or a partner no image.
+    dir_list: the folders [images, weight maps, ternary labels]. Item k > 0 of the image `X.ext` is the file
+    `X_{post_fix[k-1]}` in dir_list[k]. num_channels: 1 or 3 for each item; 1 opens a file as it is, 3 converts it to
+    RGB. data_transform: maps (list of Pillow images, NumPy generator) to a list of tensors; without it a sample is a
+    list of Pillow images. Raises InputError that names the files if an image lacks its weight map or label, or one of
+    these lacks its image. (The published code skips such images silently.)
 
-    `dataset[index]` draws its transforms from torch's global seed; `dataset[index, seed, epoch]` from these numbers
-    alone, so that a sample is the same in whichever process, and after whatever interruption, it is made.
+    `dataset[index]` draws its transforms from torch's global generator. `dataset[index, seed, epoch]` draws them from
+    these three numbers alone, so that every process, and a resumed run, makes the same sample.
     """
 
     def __init__(self, dir_list, post_fix, num_channels, data_transform=None):
         if not len(dir_list) == len(num_channels) == len(post_fix) + 1:
-            raise ValueError(f'expected one post-fix less than folders and channels, found {len(dir_list)} folders, '
+            raise ValueError(f'expected one post-fix fewer than folders and channels, found {len(dir_list)} folders, '
                              f'{len(post_fix)} post-fixes, {len(num_channels)} channels')
         self.num_channels = num_channels
         self.data_transform = data_transform
@@ -76,27 +74,27 @@ class DataFolder(torch.utils.data.Dataset):
 
 
 def batch_items(items):
-    """A batch of items of a DataFolder, in as few bytes as possible for its way to a GPU.
+    """Collate samples of a DataFolder into a batch. Its types are small, so that it is copied to a GPU quickly.
 
-    items: list of (image, weight map, label) tensors, each (channels, H, W). Returns image, float32 (B, 3, H, W);
-    weight, uint8 (B, H, W), 20 times the weight; target, uint8 (B, H, W), classes; instances, int32 (B, H, W),
+    items: list of (image, weight map, target) tensors, each (channels, H, W). Returns image, float32 (B, 3, H, W);
+    weight, uint8 (B, H, W), of `encode_weight_map`; target, uint8 (B, H, W), classes; instances, int32 (B, H, W),
     `label_instances` of the target. Raises InputError if the images differ in size.
     """
     sizes = {tuple(item[0].shape[-2:]) for item in items}
     if len(sizes) > 1:
         raise InputError('images of a batch differ in size, ' + ' and '.join(f'{w} x {h}' for h, w in sorted(sizes))
                          + ' pixels; crop them with --transform.train.random_crop, or use --batch-size 1')
-    image, weight, label = torch.utils.data.default_collate(items)
-    target = label[:, 0].byte()
+    image, weight, target = torch.utils.data.default_collate(items)
+    target = target[:, 0].byte()
     return image, weight[:, 0].byte(), target, label_instances(target)
 
 
 class EpochBatches(torch.utils.data.Sampler):
-    """Shuffled batches of the keys (index, seed, epoch) of a DataFolder, epoch after epoch without end.
+    """Shuffled batches of the keys (index, seed, epoch) of a DataFolder. It yields epoch after epoch, without end.
 
-    The last batch of an epoch may be short. The order is a function of (seed, epoch), so that training can start again
-    in the middle of an epoch, and with another number of processes: the process of number `rank` among `count` yields
-    its share of each batch. Loader processes need not wait at the end of an epoch.
+    The last batch of an epoch may be short. Of each batch, the process `rank` of `count` yields its own part. The order
+    depends only on (seed, epoch), so that training can resume within an epoch, and with another number of processes.
+    One iterator serves all epochs, so that the loader processes load ahead across the end of an epoch.
     """
 
     def __init__(self, n_images, batch_size, seed, rank=0, count=1):
@@ -105,26 +103,24 @@ class EpochBatches(torch.utils.data.Sampler):
         self.start_at(0, 0)
 
     def start_at(self, epoch, batch):
-        """Let the next iteration begin with batch number `batch` of this epoch."""
+        """Let the next iterator start with this batch of this epoch, both counted from 0."""
         self.epoch, self.first = epoch, batch
 
     def batch(self, epoch, k):
-        """Keys of batch `k` of an epoch."""
+        """The keys of batch `k` of an epoch, of all processes together."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.n_images)
         return [(int(i), self.seed, epoch) for i in order[k * self.batch_size:(k + 1) * self.batch_size]]
 
     def sizes(self, k):
-        """Images in this process's share of batch `k`, and in all of it."""
+        """Number of images in this process's part of batch `k`, and in the whole batch."""
         size = min(self.batch_size, self.n_images - k * self.batch_size)
         return len(range(self.rank, size, self.count)), size
 
     def __len__(self):
-        """Batches of one epoch."""
+        """Number of batches in one epoch."""
         return -(-self.n_images // self.batch_size)
 
     def __iter__(self):
         for step in itertools.count(self.epoch * len(self) + self.first):
             keys = self.batch(*divmod(step, len(self)))
-            yield keys[self.rank::self.count] or keys[:1]          # without a share, one that does not count
-
-
+            yield keys[self.rank::self.count] or keys[:1]          # too few images: one that counts as 0

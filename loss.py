@@ -9,7 +9,7 @@ EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 
 def label_instances(target):
-    """Instances of each image: 8-connected components of `target == 1`.
+    """Number the instances of each image: the 8-connected components of `target == 1`.
 
     target: (B, H, W) int tensor of classes. Returns (B, H, W) int32 on the same device, 0 = no instance.
     """
@@ -19,7 +19,7 @@ def label_instances(target):
 
 
 def weighted_cross_entropy(logits, target, weight):
-    """Mean over all B * H * W pixels of weight * cross entropy.
+    """Mean of weight * cross entropy over all B * H * W pixels (paper, section 2.2). Returns a scalar tensor.
 
     logits: (B, C, H, W) float; target: (B, H, W) int64 classes; weight: (B, H, W) float, 1 to 11.
     """
@@ -27,7 +27,7 @@ def weighted_cross_entropy(logits, target, weight):
 
 
 class LossVariance(nn.Module):
-    """The variance term: pixels of one instance should get the same probabilities.
+    """The variance term (paper, section 2.2): all pixels of an instance should get the same probabilities.
 
         L_var = 1/B * sum_b 1/(N_b + 1e-8) * sum_{i=1..N_b} sum_c Var(p_c over the pixels of instance i)
 
@@ -39,8 +39,8 @@ class LossVariance(nn.Module):
 
         Returns a scalar tensor, zero (and differentiable) where there is no instance of two or more pixels.
         """
-        # Sorted by id, the pixels of an instance lie together, behind the background. All shapes are known beforehand,
-        # so that a GPU never waits for the number of instances.
+        # Sorting the pixels by id puts those of an instance side by side, after the background. No shape depends on the
+        # number of instances, so that the CPU need not wait for the GPU.
         ids, order = instances.flatten(1).sort(dim=1)                                               # (B, P)
         is_first = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & (ids > 0)
         owner = is_first.cumsum(1)                              # (B, P), 0 = background, else 1 ... N_b
@@ -49,7 +49,7 @@ class LossVariance(nn.Module):
         B, C, P = prob_maps.flatten(2).shape
         owner = owner[:, None].expand(B, C, P)
         probs = prob_maps.flatten(2).gather(2, order[:, None].expand(B, C, P))                      # (B, C, P)
-        zeros = probs.new_zeros(B, C, P + 1)                    # P + 1 owners are possible
+        zeros = probs.new_zeros(B, C, P + 1)                    # at most P instances, and the background
         sizes = zeros[:, :1].scatter_add(2, owner[:, :1], torch.ones_like(probs[:, :1]))            # (B, 1, P + 1)
         means = zeros.scatter_add(2, owner, probs) / sizes.clamp(min=1)
         squares = (probs - means.gather(2, owner)) ** 2                                             # (B, C, P)
@@ -61,7 +61,7 @@ class LossVariance(nn.Module):
 class VarCELoss(nn.Module):
     """varCE = weighted cross entropy + alpha * variance term (paper, equation 3).
 
-    alpha: weight of the variance term, >= 0; with 0 the term is not computed and is reported as -1.
+    alpha: weight of the variance term, >= 0. With alpha 0 the term is not computed, and -1 is returned for it.
     """
 
     def __init__(self, alpha=1.0):
@@ -70,9 +70,10 @@ class VarCELoss(nn.Module):
         self.variance = LossVariance()
 
     def forward(self, logits, target, weight, instances=None):
-        """logits: (B, 3, H, W); target: (B, H, W) int64; weight: (B, H, W), 1 to 11 -> (loss, CE, variance term).
+        """Returns the scalar tensors (loss, cross entropy, variance term).
 
-        instances: (B, H, W) int, `label_instances(target)`, if the caller has them already.
+        logits: (B, 3, H, W) float; target: (B, H, W) int64 classes; weight: (B, H, W) float, 1 to 11; instances:
+        (B, H, W) int, by default `label_instances(target)`.
         """
         loss_ce = weighted_cross_entropy(logits, target, weight)
         if self.alpha == 0:

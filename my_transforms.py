@@ -1,7 +1,8 @@
-"""Joint transforms of (image, weight map, label): what is drawn is drawn once and applied to all of them.
+"""Joint transforms of (image, weight map, ternary label): a random transform draws once and changes all three alike.
 
-Images are Pillow images until `to_tensor`. A random transform has two halves, `draw` (what is random, from a
-NumPy generator) and `apply` (what is done with it), so that a draw can be pinned.
+They are Pillow images until `to_tensor`, tensors after it. A random transform has two methods: `draw` draws its
+parameters from a NumPy generator, and `apply` applies them, so that tests can choose the parameters.
+A new transform is a class here, an entry in TRANSFORMS, and one in TRANSFORM_PARSERS of support/command_line.py.
 """
 import functools
 
@@ -17,13 +18,13 @@ from utils import disk
 
 
 class Compose:
-    """Apply transforms one after the other to a list of images; what comes after `to_tensor` are tensors."""
+    """Apply transforms one after the other to a list of images."""
 
     def __init__(self, transforms):
         self.transforms = transforms
 
     def __call__(self, images, rng=None):
-        """images: list of Pillow images of one size. rng: NumPy generator; by default one seeded by torch's."""
+        """images: list of Pillow images of one size. rng: NumPy generator, by default seeded from torch's generator."""
         if rng is None:
             rng = np.random.default_rng(torch.randint(2 ** 63 - 1, ()).item())
         for transform in self.transforms:
@@ -35,7 +36,7 @@ class Compose:
 
 
 class Scale:
-    """Resize so that the shorter side is `size` pixels, the other int(size * long / short); bilinear."""
+    """Resize bilinearly: the shorter side becomes `size` pixels, the longer one int(size * long / short)."""
 
     def __init__(self, size):
         self.size = size
@@ -50,14 +51,14 @@ class Scale:
 
 
 class RandomTransform:
-    """Base of the random transforms: `draw(rng, size)`, then `apply(images, drawn)` to every image."""
+    """Base of the random transforms: `draw(rng, (width, height))` once, then `apply(images, drawn)`."""
 
     def __call__(self, images, rng):
         return self.apply(images, self.draw(rng, images[0].size))
 
 
 class RandomResize(RandomTransform):
-    """Resize by one uniform factor; shrunk images are zero-padded back to their size, enlarged ones stay large."""
+    """Resize bilinearly by a uniform factor in [lo, hi]; zero-pad smaller results to the old size, image centred."""
 
     def __init__(self, lo, hi):
         self.lo, self.hi = lo, hi
@@ -94,9 +95,9 @@ class RandomFlip(RandomTransform):
 
 
 class RandomAffine(RandomTransform):
-    """x' = a x + b y, y' = d x + e y about the image centre, from output to input; nearest neighbour, outside 0.
+    """Affine map about the image centre, x' = a x + b y, y' = d x + e y; nearest neighbour, 0 outside the image.
 
-    a and e are uniform in 1 +- bound, b and d in +- bound.
+    It maps output to input coordinates. a and e are uniform in 1 +- bound, b and d in +- bound.
     """
 
     def __init__(self, bound):
@@ -115,10 +116,10 @@ class RandomAffine(RandomTransform):
 
 
 class RandomElastic(RandomTransform):
-    """B-spline deformation (order 3) on an n x n mesh, its (n + 3)^2 control points moved by N(0, sigma) pixels.
+    """B-spline deformation of order 3 on an n x n mesh: (n + 3)^2 control points move by N(0, sigma) pixels.
 
-    As in the published code, the first third of the parameter vector (x block, then y block) is 0: most points move
-    in y only. The field maps output to input; linear interpolation, outside 0, results truncated to uint8.
+    As in the published code, the first third of the parameter vector (all x, then all y) is 0, so that most points
+    move in y only. The field maps output to input; linear interpolation, 0 outside the image, truncated to uint8.
     """
 
     def __init__(self, n, sigma):
@@ -139,12 +140,12 @@ class RandomElastic(RandomTransform):
 
         bands = torch.from_numpy(np.stack([np.asarray(band) for image in images for band in image.split()]))
         warped = F.grid_sample(bands[None].float(), points[None], padding_mode='border', align_corners=False)[0]
-        warped += 1e-3                  # rounding must not take a whole number below itself before it is truncated
+        warped += 1e-3                  # else a whole number that was rounded down is truncated to the next lower one
         bands = iter([Image.fromarray(band) for band in warped.numpy().astype(np.uint8) * inside.numpy()])
         return [Image.merge(image.mode, [next(bands) for _ in image.getbands()]) for image in images]
 
     def displacement(self, parameters, width, height):
-        """How far every pixel moves in x and in y: float64 (2, height, width), pixels."""
+        """How far each pixel moves in x and y, in pixels: float64 (2, height, width)."""
         control_points = torch.from_numpy(parameters).reshape(2, self.n + 3, self.n + 3)
         return spline_weights(self.n, height) @ control_points @ spline_weights(self.n, width).T
 
@@ -152,12 +153,12 @@ class RandomElastic(RandomTransform):
 @functools.lru_cache(256)
 def spline_weights(n, size):
     """The weights of the n + 3 control points of a cubic B-spline at every pixel of a side: float64 (size, n + 3)."""
-    places = (np.arange(size) + 0.625) * (n / (size + 0.25))     # 0 ... n; as in ITK, from 1/8 pixel outside the image
+    places = (np.arange(size) + 0.625) * (n / (size + 0.25))     # 0 ... n; as in ITK, the mesh begins 1/8 pixel outside
     return torch.from_numpy(BSpline.design_matrix(places, np.arange(-3.0, n + 4), 3).toarray())
 
 
 class RandomRotation(RandomTransform):
-    """Rotate by a uniform angle within +- `degrees`; bilinear, same size, outside 0."""
+    """Rotate by a uniform angle in +- `degrees`; bilinear, same size, 0 outside the image."""
 
     def __init__(self, degrees):
         self.degrees = degrees
@@ -170,7 +171,7 @@ class RandomRotation(RandomTransform):
 
 
 class RandomCrop(RandomTransform):
-    """The same `size` x `size` window of every image. Raises InputError if an image is smaller."""
+    """Cut the same random `size` x `size` window out of every image. Raises InputError if an image is smaller."""
 
     def __init__(self, size):
         self.size = size
@@ -188,16 +189,17 @@ class RandomCrop(RandomTransform):
 
 
 class InsideBand:
-    """RGB ternary label (last image) -> its red band, the inside: all that `LabelEncoding` needs."""
+    """Replace the RGB ternary label (last image) by its red band, inside. `LabelEncoding` needs no other band."""
 
     def __call__(self, images, rng):
         return [*images[:-1], images[-1].getchannel(0)]
 
 
 class LabelEncoding:
-    """RGB ternary label, or its red band (last image) -> class per pixel: 0 background, 1 inside, 2 contour.
+    """From the RGB ternary label or its red band (last image) to classes: 0 background, 1 inside, 2 contour.
 
-    The contour is found anew from the transformed inside mask: a 3x3 cross outwards, `radius` pixels inwards.
+    The contour is computed from the transformed inside mask, inside = red > 127.5. It is the mask's dilation with the
+    3x3 cross minus its erosion with a disk of `radius` pixels.
     """
 
     def __init__(self, radius):
@@ -205,13 +207,13 @@ class LabelEncoding:
 
     def __call__(self, images, rng):
         inside = (np.asarray(images[-1].getchannel(0)) > 127.5).astype(np.uint8)
-        outer = cv2.dilate(inside, disk(1).astype(np.uint8))         # what is outside the image changes neither
+        outer = cv2.dilate(inside, disk(1).astype(np.uint8))         # both ignore what is outside the image
         inner = cv2.erode(inside, self.footprint)
         return [*images[:-1], Image.fromarray(np.where(outer > inner, np.uint8(2), inside))]
 
 
 class ToTensor:
-    """The first `n` images to float32 (C, H, W) in [0, 1], the others to int64 (C, H, W)."""
+    """Turn the first `n` images into float32 tensors (C, H, W) in [0, 1], the others into int64 tensors (C, H, W)."""
 
     def __init__(self, n):
         self.n = n
@@ -223,7 +225,7 @@ class ToTensor:
 
 
 class Normalize:
-    """The first image, a float tensor (C, H, W): (x - mean) / std per channel."""
+    """Normalise the first image, a float tensor (C, H, W), to (x - mean) / std for each channel."""
 
     def __init__(self, mean, std):
         self.mean = torch.as_tensor(np.asarray(mean), dtype=torch.float32)[:, None, None]
@@ -249,9 +251,9 @@ TRANSFORMS = {
 
 
 def get_transforms(params):
-    """Compose from a dict of name -> value, in its order. Names and values: the `transform` groups of options.py.
+    """Build a Compose from a dict {name: value}, in its order, such as TRANSFORM['train'] of options.py.
 
-    A flip given as False is left out. Raises InputError for an unknown name.
+    A flip with the value False is left out. Raises InputError for an unknown name.
     """
     unknown = [name for name in params if name not in TRANSFORMS]
     if unknown:

@@ -1,7 +1,7 @@
-"""Every hyperparameter, in groups: model, train, transform, test, post, prepare.
+"""Every option, in groups: model, train, transform, test, post, prepare.
 
-Edit the defaults here, or give any of them on the command line: `--batch-size 4`, `--n-layers 4`,
-`--transform.train.random_affine 0.2`. A default that depends on the data set is `by_dataset(...)`.
+Edit the defaults here, or set options on the command line: `--batch-size 4`, `--n-layers 4`,
+`--transform.train.random_affine 0.2`. A default that depends on the data set is `by_dataset(MultiOrgan, GlaS)`.
 """
 from FullNet import LAYER_TYPES, NETWORKS, layer_dilations
 from support.command_line import (CommandLine, Option, boolean, by_dataset, float_pair, gpu_list, int_tuple, numbers,
@@ -15,11 +15,11 @@ DATASETS = by_dataset._fields                     # MultiOrgan, GlaS
 # The options
 # ---------------------------------------------------------------------------------------------------
 
-DATASET = Option('MultiOrgan', str, 'data set: layout, metrics and the defaults below (those of GlaS: --dataset GlaS '
-                                    '--help)', choices=DATASETS)
+DATASET = Option('MultiOrgan', str, 'data set; it decides layout, metrics and defaults (--dataset GlaS --help shows '
+                                    'those of GlaS)', choices=DATASETS)
 
 MODEL = dict(
-    name=Option('FullNet', str, 'network; FCN_pooling is the ablation of the paper', choices=tuple(NETWORKS)),
+    name=Option('FullNet', str, 'network; FCN_pooling is the ablation in the paper', choices=tuple(NETWORKS)),
     in_c=Option(3, int, 'input channels: RGB'),
     out_c=Option(3, int, 'output channels: background, inside, contour', at_least=3),
     n_layers=Option(6, int, 'layers of a dense block; 4 or 6 with hybrid dilation', at_least=1),
@@ -27,51 +27,49 @@ MODEL = dict(
     drop_rate=Option(0.1, float, 'dropout after each layer, 0 = off', at_least=0, below=1),
     compress_ratio=Option(0.5, float, 'share of the channels that a transition keeps', at_least=0),
     dilations=Option((1, 2, 4, 8, 16, 4, 1), int_tuple, 'dilation of each dense block', many=True),
-    is_hybrid=Option(True, boolean, 'vary the dilation inside a block (no gridding)'),
+    is_hybrid=Option(True, boolean, 'vary the dilation inside a block, against gridding'),
     layer_type=Option('basic', str, 'basic: one 3x3 convolution; bottleneck: 1x1, then 3x3', choices=LAYER_TYPES),
 )
 
 TRAIN = dict(
     data_dir=Option('./data/{dataset}', str, 'prepared data: images/, labels/, weight_maps/, mean_std.npy'),
-    save_dir=Option('./experiments/{dataset}/{run}', str, 'run folder; by default the next free number'),
+    save_dir=Option('./experiments/{dataset}/{run}', str, 'run folder; {run} is the next free number'),
     input_size=Option(208, int, 'pixels: side of the training crops and of the validation windows', at_least=1),
     num_epochs=Option(by_dataset(300, 1000), int, 'epochs', at_least=1, flags=('--epochs',)),
-    batch_size=Option(8, int, 'crops per step, of all processes together; 4 needs half the memory', at_least=1),
+    batch_size=Option(8, int, 'crops per step, in all processes together; memory grows with it', at_least=1),
     val_overlap=Option(80, int, 'pixels: overlap of the validation windows', at_least=0),
     lr=Option(by_dataset(1e-3, 5e-4), float, "Adam's learning rate", at_least=0),
     weight_decay=Option(1e-4, float, "Adam's L2 decay", at_least=0),
     log_interval=Option(50, int, 'steps between two lines of the log', at_least=1),
-    workers=Option('auto', workers_count, 'processes that load data; 0 loads in the training process; auto fits '
-                                          'the machine'),
-    gpu=Option('auto', gpu_list, 'GPU, such as 0; with torchrun one for each process, such as 0,1 (01 means the same); '
-                                 'cpu; auto', many=True),
+    workers=Option('auto', workers_count, 'processes that load data; 0 loads in the training process; auto = '
+                                          'fitting the machine'),
+    gpu=Option('auto', gpu_list, 'GPU, such as 0; cpu; auto; with torchrun one for each process, such as 0,1',
+               many=True),
     alpha=Option(1.0, float, 'weight of the variance term of varCE; 0 = cross entropy only', at_least=0),
     checkpoint_freq=Option(100, int, 'epochs between two kept checkpoints', at_least=1),
-    start_epoch=Option(0, int, 'epochs counted as done when not resuming', at_least=0),
+    start_epoch=Option(0, int, 'epochs counted as completed, if not resuming', at_least=0),
     checkpoint=Option('', str, 'checkpoint to resume from', flags=('--checkpoint-path',)),
     overwrite=Option(False, boolean, 'replace the run that is in save_dir'),
     init_from=Option('', str, 'checkpoint whose weights to start from (fine-tuning)'),
     seed=Option(2019, int, 'seed of weights, shuffling, transforms and dropout', at_least=0, below=2 ** 63),
-    use_weight_map=Option(True, boolean, 'weight the cross entropy; False gives every pixel the weight 1'),
+    use_weight_map=Option(True, boolean, 'weight the cross entropy; False = all weights are 1'),
     lr_schedule=Option('none', str, 'learning rate over the steps', choices=('none', 'cosine', 'onecycle')),
     warmup_epochs=Option(0.0, float, 'epochs of linear warm-up, for none and cosine', at_least=0),
     clip_grad=Option(0.0, float, 'largest norm of the gradient; 0 = not clipped', at_least=0),
-    compile=Option(False, boolean, 'torch.compile the network: faster steps on CUDA, after a minute of compiling'),
-    ema_decay=Option(0.0, float, 'average the weights, such as 0.999, and validate the average; 0 = off',
+    compile=Option(False, boolean, 'torch.compile: faster steps on CUDA, after a minute of compiling'),
+    ema_decay=Option(0.0, float, 'decay of the weight average that is validated, such as 0.999; 0 = off',
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),
-    memory_efficient=Option(False, boolean, 'on the CPU, compute features again in the backward pass'),
-    preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and stop'),
-    amp=Option(False, boolean, 'mixed precision: bfloat16 in the network; less memory, coarser sums, faster where the '
-                               'processor has it (AVX512_BF16, AMX, GPUs)'),
-    max_minutes=Option(0.0, float, 'training ends after num_epochs or these minutes of steps, whichever is first; the '
-                                   'first 30 steps fix how many there are; validation comes on top; 0 = none',
-                       at_least=0),
-    checkpoint_minutes=Option(10.0, float, 'minutes between two savings of the latest checkpoint', at_least=0),
+    memory_efficient=Option(False, boolean, 'on the CPU, recompute features in the backward pass'),
+    preview=Option(False, boolean, 'write a picture of augmented samples beside save_dir, and exit'),
+    amp=Option(False, boolean, 'mixed precision: less memory; faster on GPUs and on CPUs with AMX or AVX512_BF16'),
+    max_minutes=Option(0.0, float, 'end training after num_epochs or these minutes of steps, whichever comes first; '
+                                   '0 = off', at_least=0),
+    checkpoint_minutes=Option(10.0, float, 'minutes between two saves of the latest checkpoint', at_least=0),
 )
 
-# What happens to (image, weight map, label), in this order. `input_size` stands for train's option of that name;
-# `normalize` uses mean_std.npy. Values are explained in my_transforms.py; `none` on the command line removes one.
+# The transforms of (image, weight map, ternary label), in the order of application; my_transforms.py explains their
+# values. 'input_size' stands for the option of that name; `normalize` uses mean_std.npy.
 TRANSFORM = by_dataset(
     MultiOrgan=dict(
         train=dict(random_resize=(0.8, 1.25), horizontal_flip=True, random_affine=0.3, random_elastic=(6, 15),
@@ -88,27 +86,28 @@ TRANSFORM = by_dataset(
 )
 
 TEST = dict(
-    data_dir=Option('./data/{dataset}', str, 'where mean_std.npy lies, for checkpoints that do not carry it'),
+    data_dir=Option('./data/{dataset}', str, 'folder of mean_std.npy, for checkpoints that do not carry it'),
     epoch=Option('best', str, 'checkpoint to test: best, or the number of an epoch that was kept'),
     gpu=Option('auto', gpu_list, 'GPU, such as 0; cpu; auto', many=True),
     img_dir=Option(by_dataset('./data/{dataset}/images/test_same', './data/{dataset}/images/testA'), str,
                    'folder of images, or one image'),
     label_dir=Option(by_dataset('./data/{dataset}/labels_instance/test', './data/{dataset}/labels_instance/testA'),
-                     str, 'folder of instance labels; empty: no metrics'),
+                     str, 'folder of instance labels; empty = no metrics'),
     tta=Option('full', tta_mode, 'test-time augmentation: full = 8 flips and rotations, flips = 4, none'),
     save_flag=Option(True, boolean, 'write probability maps and segmentations'),
-    patch_size=Option(by_dataset(208, 0), int, 'pixels: sliding window; 0 = the whole image at once', at_least=0),
+    patch_size=Option(by_dataset(208, 0), int, 'pixels: side of the sliding window; 0 = the whole image at once',
+                      at_least=0),
     overlap=Option(by_dataset(80, 80), int, 'pixels: overlap of the windows', at_least=0),
-    batch_size=Option(0, int, 'windows that the network sees at a time; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
-    amp=Option(False, boolean, 'mixed precision, see train.py --help; probabilities differ by about 0.01'),
-    overwrite=Option(False, boolean, 'compute images again that were finished with the same options and weights'),
-    save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'where the results go, by default into the run of '
+    batch_size=Option(0, int, 'windows in one batch; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
+    amp=Option(False, boolean, 'mixed precision, as in training; changes probabilities by about 0.01'),
+    overwrite=Option(False, boolean, 'recompute images finished with the same options and weights'),
+    save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'folder of the results; by default in the run of '
                                                                   'the checkpoint'),
     model_path=Option('./experiments/{dataset}/{run}/checkpoints/checkpoint_{epoch}.pth.tar', str,
                       'checkpoint; by default of the newest run'),
-    color_norm=Option(False, boolean, 'give images the colours of the training images, which the shipped weights and '
-                                      'those of scripts/export_pretrained.py know'),
-    scale_factor=Option(1.0, float, 'enlarge images before the network sees them: 2 for a scan at 20x, trained at 40x',
+    color_norm=Option(False, boolean, 'give images the colours of the training images, if the checkpoint has them (as '
+                                      'the shipped one)'),
+    scale_factor=Option(1.0, float, 'resize images for the network: 2 for a scan at 20x and training at 40x',
                         at_least=0.01),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
@@ -116,32 +115,31 @@ TEST = dict(
 )
 
 POST = dict(
-    min_area=Option(by_dataset(20, 100), int, 'pixels of what the network saw (scaled, for GlaS): smaller '
+    min_area=Option(by_dataset(20, 100), int, 'pixels at the size that the network sees: smaller '
                                            'components are removed', at_least=0),
-    radius=Option(by_dataset(2, 4), int, 'pixels of the image, over scale_factor: dilation that gives back the '
-                                       'contour', at_least=0),
-    # not in the published method: off at 0; scripts/study_post_processing.py scores what each gains
-    inside_threshold=Option(0.0, float, 'objects are where the inside probability is at least this; 0 = where inside '
-                                        'is the most likely class', at_least=0, below=1),
-    h_maxima=Option(0.0, float, 'split objects by a watershed from the maxima of the inside probability that stand out '
-                                'by this; 0 = not; min_area is of objects before that', at_least=0, below=1),
+    radius=Option(by_dataset(2, 4), int, 'pixels: dilation that restores the contour; divided by scale_factor',
+                  at_least=0),
+    # not in the published method, so off by default; scripts/study_post_processing.py measures what each gains
+    inside_threshold=Option(0.0, float, 'least inside probability of an object; 0 = where inside is the most '
+                                        'likely class', at_least=0, below=1),
+    h_maxima=Option(0.0, float, 'split objects at maxima of the inside probability that stand out by this; 0 = off',
+                    at_least=0, below=1),
 )
 
 PREPARE = dict(
-    raw_dir=Option('./raw/{dataset}', str, 'the data set as it was downloaded; never written to'),
-    data_dir=Option('./data/{dataset}', str, 'where the prepared data goes'),
-    img_dir=Option('', str, "one's own images, instead of raw_dir"),
-    label_dir=Option('', str, 'their instance labels'),
-    split=Option('', str, "JSON file {split: [names]} for one's own images"),
+    raw_dir=Option('./raw/{dataset}', str, 'the data set as downloaded; it is only read'),
+    data_dir=Option('./data/{dataset}', str, 'folder of the prepared data; an earlier preparation there is replaced'),
+    img_dir=Option('', str, 'your own images, instead of raw_dir'),
+    label_dir=Option('', str, 'the instance labels of your own images'),
+    split=Option('', str, 'JSON file {split: [names]} for your own images'),
     fractions=Option((0.7, 0.15, 0.15), numbers(3), 'without --split: shares of train, val and test', many=True),
-    others=Option('', str, "split that MoNuSeg images outside the published one go to; '' = they are left out",
+    others=Option('', str, "split of the MoNuSeg images outside the published split; '' = they are not used",
                   choices=('', 'train', 'val', 'test_same', 'test_diff')),
-    anchor=Option('auto', str, 'image whose colours the others get: a name in raw_dir or img_dir, or a file; auto = '
-                               "the published one for MoNuSeg, else none; '' = none"),
-    sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the weight between two objects', at_least=1e-3),
+    anchor=Option('auto', str, 'image whose colours the others get, a name or a file; auto = the published one '
+                               "for MoNuSeg, else none; '' = none"),
+    sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the high weights between two objects', at_least=1e-3),
     w0=Option(10.0, float, 'largest weight between two objects', at_least=0),
-    ternary_radius=Option(by_dataset(1, 2), int, 'pixels: the ternary label is contour up to this far on both sides of '
-                                                 'an edge', at_least=1),
+    ternary_radius=Option(by_dataset(1, 2), int, 'pixels: width of the contour on either side of an edge', at_least=1),
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),

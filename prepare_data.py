@@ -1,12 +1,12 @@
-"""From a data set as downloaded to the folders that train.py and test.py read.
+"""Prepare a data set, as downloaded, for train.py and test.py.
 
     python prepare_data.py --dataset MultiOrgan --raw-dir DIR --data-dir ./data/MultiOrgan
     python prepare_data.py --dataset GlaS --raw-dir DIR --data-dir ./data/GlaS
-    python prepare_data.py --like MultiOrgan --img-dir DIR --label-dir DIR --data-dir ./data/mine      # one's own data
+    python prepare_data.py --like MultiOrgan --img-dir DIR --label-dir DIR --data-dir ./data/mine      # your own data
 
-Instance labels (read, or drawn from annotation XML) -> colour normalisation -> ternary labels -> weight maps -> patches
--> mean_std.npy. Each step is also a function of its own, on arrays and on folders. Ternary labels and weight maps are
-made on whole images, before these are cut into patches.
+The steps for an image are in `prepare_image`: read the image and its instances (or draw them from annotation XML),
+normalise the colours, compute the ternary label and the weight map of the whole image, cut patches. mean_std.npy comes
+last. The published functions for a whole folder (`create_ternary_labels`, `color_norm`, ...) exist too.
 """
 import itertools
 import math
@@ -45,12 +45,12 @@ PATCH_SIZE = 250                                                     # pixels, a
 def instance_label_from_xml(xml_path, height, width, layers=()):
     """Draw the regions of an Aperio ImageScope annotation (MoNuSeg's XML), or a HALO one, as an instance label.
 
-    layers: names of the annotation layers to draw; all if empty. Returns int32 (height, width): 0 = background, else
-    the region's position in the document counted from 1 (not its Id). A pixel in several regions belongs to the first
-    of them. A negative region is a hole in the region that it overlaps most. Vertices may lie outside the image.
-    Regions that get no pixel keep their numbers and are counted in a note. Raises InputError for a file that is no such
-    XML, has a DTD (and so might have entities), no region or none with a pixel, or a coordinate that is not a finite
-    number.
+    layers: names of the annotation layers to draw; all if empty. Returns int32 (height, width): 0 = background; an id
+    is the position of its region in the document, from 1 (not the region's Id). A pixel in several regions belongs to
+    the first of them. A negative region is a hole in the region that it overlaps most. Vertices may lie outside the
+    image. The ids of regions without a pixel stay unused, and a note counts such regions. Raises InputError for a file
+    that is not such XML, has a DTD (which could define entities), has no region, or none with a pixel, or has a
+    coordinate that is not a finite number.
     """
     shape, name, regions = (height, width), Path(xml_path).name, read_xml_regions(xml_path)
     found = list(dict.fromkeys(region.layer for region in regions))
@@ -85,18 +85,18 @@ def instance_label_from_xml(xml_path, height, width, layers=()):
 
 
 class Region(NamedTuple):
-    """A region of an annotation. vertices: list of (X, Y). kind: its Type, in ImageScope a number, in HALO a word."""
-    vertices: list
-    kind: str
-    negative: bool
-    layer: str
+    """A region of an annotation."""
+    vertices: list            # of (X, Y), float, pixels
+    kind: str                 # its Type: a number in ImageScope, a word in HALO
+    negative: bool            # a hole
+    layer: str                # name of its annotation layer
 
 
 def _pixels_of_region(region, shape):
-    """(rows, columns) of the pixels in a region."""
+    """(rows, columns) of the pixels in a region, both int (n,). shape: (H, W) of the image."""
     if not region.vertices:
         return np.zeros((2, 0), int)
-    # Coordinates are 1-based pixel centres. No image reaches 1e9 pixels; the clip keeps integers from overflowing.
+    # Coordinates are 1-based pixel centres. Clipping at 1e9 pixels, larger than any image, avoids integer overflow.
     x, y = np.clip(np.array(region.vertices), -1e9, 1e9).T - 1
     if region.kind in ('2', 'Ellipse'):                                  # the vertices span its bounding box
         radii = (np.ptp(y) / 2, np.ptp(x) / 2)
@@ -107,14 +107,14 @@ def _pixels_of_region(region, shape):
         x, y = x[[0, 1, 1, 0]], y[[0, 0, 1, 1]]
     if len(x) < 3:
         return np.zeros((2, 0), int)
-    # the two small shifts settle pixels that lie exactly on an edge nearly as MATLAB's poly2mask does
+    # the two small shifts treat pixels exactly on an edge nearly as MATLAB's poly2mask does
     return polygon(y + 1e-6, x + 2e-6, shape)
 
 
 def read_xml_regions(xml_path):
     """The Regions of an ImageScope or HALO XML, in document order."""
     class WithoutDoctype(ElementTree.TreeBuilder):
-        def doctype(self, *_):                                    # called before any entity is expanded
+        def doctype(self, *_):                                    # the parser calls this before it expands entities
             raise InputError(f'{xml_path} has a document type declaration (DTD), which could define entities; '
                              f'expected a plain ImageScope annotation: remove the declaration')
     try:
@@ -141,6 +141,7 @@ def read_xml_regions(xml_path):
 
 
 def _coordinates(vertex, xml_path, number):
+    """(X, Y) of a vertex in region `number`. Raises InputError unless both are finite numbers."""
     try:
         x, y = float(vertex.attrib['X']), float(vertex.attrib['Y'])
         if math.isfinite(x) and math.isfinite(y):
@@ -222,9 +223,9 @@ def create_instance_labels(xml_dir, image_dir, save_dir):
 
 
 def save_instance_label(path, label):
-    """Save an instance label, int (H, W), as 8-bit .bmp or 16-bit .png, by the extension of `path`.
+    """Save an instance label, int (H, W): ids up to 255 as .bmp, up to 65,535 as .png, by the extension of `path`.
 
-    Ids for which that has no room (above 255, above 65,535) go into a TIFF instead. Returns the path written.
+    Larger ids are saved as .tif instead. Returns the path written.
     """
     path, largest = Path(path), label.max(initial=0)
     if largest > (255 if path.suffix.lower() == '.bmp' else 65535):
@@ -241,15 +242,16 @@ def save_instance_label(path, label):
 # ---------------------------------------------------------------------------------------------------
 
 def ternary_label(instance_label, radius=1):
-    """Inside / contour / background of an instance label, as an RGB image.
+    """The ternary label of an instance label: inside, contour and background as an RGB image.
 
-    instance_label: int (H, W), 0 = background. Per object, with the 3x3 cross applied `radius` times (a diamond):
-    inside = erosion, contour = dilation minus erosion; then OR over the objects. Erosion does not eat in from the image
-    border. Returns uint8 (H, W, 3): red 255 = inside, green 255 = contour, blue 255 = neither.
+    instance_label: int (H, W), 0 = background. For each object, with the 3x3 cross applied `radius` times (a diamond):
+    inside = erosion, contour = dilation minus erosion. Then both are united over the objects. Erosion does not remove
+    pixels at the image border. Returns uint8 (H, W, 3): red 255 = inside, green 255 = contour, blue 255 = neither.
+    radius: pixels; 1 as in the published function, 2 for GlaS as in the authors' own GlaS labels.
 
-    One pass does for all objects: a pixel is inside if all ids in the diamond around it are its own, and in an object's
-    dilation if one of them is not 0. Inside one object it cannot be in another's dilation, so exactly one channel is
-    255. The published function has radius 1; the authors' own GlaS labels have radius 2, so this is the default there.
+    All objects are computed in one pass. A pixel is inside if all ids in the diamond around it are its own. It is in
+    the dilation of an object if one of these ids is not 0. A pixel inside one object is in no other dilation, so that
+    exactly one channel is 255.
     """
     instance_label = np.asarray(instance_label)
     diamond = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), radius)
@@ -260,7 +262,7 @@ def ternary_label(instance_label, radius=1):
 
 
 def create_ternary_labels(data_dir, save_dir, binary_labels=False, radius=1):
-    """Write the ternary label of every instance label in `data_dir`: `{name}_label.png`. radius: 1, GlaS 2.
+    """Write the ternary label, `{name}_label.png`, of every instance label in `data_dir`. radius: of `ternary_label`.
 
     GlaS labels keep their name: `train_8_anno.bmp` gives `train_8_anno.bmp`.
     """
@@ -276,30 +278,30 @@ def create_ternary_labels(data_dir, save_dir, binary_labels=False, radius=1):
 # ---------------------------------------------------------------------------------------------------
 
 class Reinhard_normalizer:
-    """Reinhard colour normalisation: give each LAB channel the anchor's mean and standard deviation."""
+    """Reinhard colour normalisation: each LAB channel gets the anchor image's mean and standard deviation."""
 
     def fit(self, target):
-        """Take the anchor's statistics. target: uint8 (H, W, 3) RGB."""
+        """Store the statistics of the anchor image, uint8 (H, W, 3) RGB. Returns self."""
         lab = rgb2lab(target)
         self.mean, self.std = lab.mean((0, 1)), lab.std((0, 1))
         return self
 
     def transform(self, I):
-        """Normalise I, uint8 (H, W, 3) RGB; returns the same shape and type (fractions cut off, as published).
+        """Normalise an image, uint8 (H, W, 3) RGB. Returns uint8 (H, W, 3), truncated as in the published code.
 
-        A channel that is the same everywhere gets the anchor's mean; the published code divides by its std, 0.
+        Deviation: a constant channel gets the anchor's mean; the published code divides by its standard deviation, 0.
         """
         lab = rgb2lab(I)
         mean, std = lab.mean((0, 1)), lab.std((0, 1))
-        scale = np.where(std > 1e-8, self.std / np.maximum(std, 1e-8), 0)      # 1e-8: above rounding, below one pixel
+        scale = np.where(std > 1e-8, self.std / np.maximum(std, 1e-8), 0)      # 1e-8: more than rounding errors
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='Conversion from CIE-LAB')   # colours outside RGB are clipped
+            warnings.filterwarnings('ignore', message='Conversion from CIE-LAB')   # it clips colours outside RGB
             rgb = lab2rgb((lab - mean) * scale + self.mean)
         return (rgb * 255).astype(np.uint8)
 
 
 def color_norm(anchor_img_path, data_dir, save_dir):
-    """Normalise the colours of every image in `data_dir` to those of the anchor image; writes `{name}.png`."""
+    """Write every image of `data_dir`, normalised to the colours of the anchor image, as `{name}.png`."""
     refuse_same_folder(data_dir, save_dir)
     normalizer = Reinhard_normalizer().fit(read_image(anchor_img_path))
     for path in tqdm(list_images(data_dir), desc='colour normalisation', disable=None):
@@ -313,8 +315,8 @@ def color_norm(anchor_img_path, data_dir, save_dir):
 def patch_positions(h, w, size=PATCH_SIZE):
     """Top-left corners (y, x) of the patches of an h x w image, row by row.
 
-    Along a side they start at 0, size, 2 size, ... and the last ends at the image border, so every pixel is covered
-    (the published grid fits 1000 x 1000 only). Raises InputError if the image is smaller than a patch.
+    Along each side, patches start at 0, size, 2 size, ..., and the last one ends at the image border, so that every
+    pixel is covered. (The published grid fits 1000 x 1000 only.) Raises InputError for an image smaller than a patch.
     """
     if min(h, w) < size:
         raise InputError(f'an image of {w} x {h} pixels is smaller than a patch of {size} x {size}; give a '
@@ -323,10 +325,11 @@ def patch_positions(h, w, size=PATCH_SIZE):
 
 
 def split_patches(data_dir, save_dir, postfix=None):
-    """Cut the images of `data_dir` into 250 x 250 patches: `{name}.png` gives `{name}_{k}.png`, k from 0.
+    """Cut the images of `data_dir` into patches of 250 x 250: `{name}.png` gives `{name}_{k}.png`, k from 0.
 
-    With `postfix` ('label', 'weight'), only files named `{name}_{postfix}` are cut, into `{name}_{k}_{postfix}.png`,
-    their pixels as stored; without, all are, as RGB. Raises InputError if there is none or one is smaller than a patch.
+    With `postfix` ('label' or 'weight') only files named `{name}_{postfix}` are cut, into `{name}_{k}_{postfix}.png`,
+    with their pixels as stored. Without it all images are cut, as RGB. Raises InputError if there is no such image, or
+    if one is smaller than a patch.
     """
     refuse_same_folder(data_dir, save_dir)
     paths = list_images(data_dir)
@@ -346,6 +349,7 @@ def split_patches(data_dir, save_dir, postfix=None):
 
 
 def _positions_in_file(path, h, w, size):
+    """`patch_positions`, whose error names the file."""
     try:
         return patch_positions(h, w, size)
     except InputError as error:
@@ -362,14 +366,14 @@ def compute_mean_std(image_paths):
 
 
 def colour_histogram(image):
-    """How many pixels have each value, int64 (3, 256), of a uint8 (H, W, 3) image."""
+    """Histogram of each channel of a uint8 (H, W, 3) image: int64 (3, 256) numbers of pixels."""
     return np.stack([np.bincount(image[..., c].ravel(), minlength=256) for c in range(3)])
 
 
 def mean_std_of(histogram):
-    """[means, population standard deviations] in [0, 1], float64 (2, 3), from an int (3, 256) histogram.
+    """Means and population standard deviations in [0, 1], float64 (2, 3), from a histogram, int (3, 256).
 
-    Computed in whole numbers up to the last division, so that the order of the images does not matter.
+    They are computed in whole numbers up to the last division, so that the order of the images does not matter.
     """
     means, stds = [], []
     for counts in histogram.tolist():
@@ -382,7 +386,7 @@ def mean_std_of(histogram):
 
 
 def save_mean_std(path, mean_std):
-    """Write `mean_std.npy`."""
+    """Write mean_std, float64 (2, 3), to `path`, atomically."""
     with atomic_path(path) as temporary:
         np.save(temporary, mean_std)
 
@@ -392,15 +396,17 @@ def save_mean_std(path, mean_std):
 # ---------------------------------------------------------------------------------------------------
 
 class PlannedFile(NamedTuple):
+    """One file that preparing an image writes."""
     path: Path                # relative to data_dir
     kind: str                 # image, instance, ternary, weight
     corner: tuple | None      # top-left (y, x) of the patch; None for the whole image
 
 
 def planned_files(dataset, source, height, width, patch_size=PATCH_SIZE):
-    """The files that preparing one image writes, a list of PlannedFile.
+    """The files that preparing one image writes, list of PlannedFile.
 
-    MultiOrgan: train and val as patches, val also whole for testing on it, test images whole. GlaS: whole images.
+    MultiOrgan: patches of train and val images, whole test images, and whole val images too, for testing on val. GlaS:
+    whole images. Raises InputError if a training or validation image is smaller than a patch.
     """
     name, part = source.name, source.split
     if dataset == 'GlaS':
@@ -424,7 +430,7 @@ def planned_files(dataset, source, height, width, patch_size=PATCH_SIZE):
 
 
 class Settings(NamedTuple):
-    """What the files of an image depend on besides the image and its label."""
+    """The options of a preparation, as each process needs them."""
     dataset: str
     sigma: float
     w0: float
@@ -434,16 +440,16 @@ class Settings(NamedTuple):
     xml_layers: tuple
     scale_16bit: tuple | None
     max_megapixels: float
-    normalizer: Reinhard_normalizer | None      # fitted, or None: colours stay as they are
+    normalizer: Reinhard_normalizer | None      # fitted; None leaves the colours as they are
 
 
 def prepare(dataset, options):
-    """Prepare a data set for training and testing; the `prepare` options of options.py say which and how.
+    """Prepare a data set for training and testing. options: the group `prepare` of options.py, a dict.
 
-    A new folder is written beside data_dir and takes its place when it is whole: an interrupted preparation leaves the
-    earlier one as it was. Returns the report, a dict; it is also `prepare_report.json`, and `contact_sheet_{split}.png`
-    shows the images. Raises InputError for what the user can mend; names that do not match, image sizes and files in
-    data_dir that no preparation made are found before anything is written.
+    A new folder is written beside data_dir and replaces it when it is complete, so that an interrupted preparation does
+    not change an earlier one. Returns the report, a dict, which is also written as `prepare_report.json`. The pictures
+    `contact_sheet_{split}.png` show the images. Raises InputError for mistakes of the user. File names, image sizes and
+    files in data_dir that no preparation made are checked before anything is written.
     """
     started = time.monotonic()
     refuse_data_dir(options)
@@ -463,7 +469,7 @@ def prepare(dataset, options):
             images.append(image)
             previews[image['split']] += 1
             if previews[image['split']] > CONTACT_SHEET_IMAGES:
-                del image['preview']                                     # to save memory
+                del image['preview']                                     # saves memory
         for message in dict.fromkeys(message for image in images for message in image['notes']):
             note(message)
         mean_std = mean_std_of(sum(image['histogram'] for image in images if image['split'] in ('train', 'val')))
@@ -481,10 +487,11 @@ def prepare(dataset, options):
 
 
 def prepare_image(source, folder, settings):
-    """Write the files of one image; returns what the report says of it, a dict.
+    """Prepare one image: read -> instances -> colours -> ternary label -> weight map -> patches.
 
-    name, split, patches, objects, in_pieces: how many objects are in several 8-connected pieces, areas: pixels,
-    histogram: `colour_histogram`, preview: `preview`, notes: what is to be said to the user.
+    source: Source. folder: where the files go. settings: Settings. Returns a dict for the report: name, split, patches
+    and objects (numbers), in_pieces (number of objects in several 8-connected pieces), areas (pixels of each object),
+    histogram (`colour_histogram`), preview (`preview`), notes (messages for the user).
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
@@ -514,7 +521,7 @@ def prepare_image(source, folder, settings):
 
 
 def read_instances(path, shape, settings):
-    """The instance label of an image of this (H, W), int32, read or drawn from its annotation."""
+    """The instances of an image, int32 (H, W): read from a label, or drawn from annotation XML. shape: (H, W)."""
     if path.suffix.lower() == '.xml':
         return instance_label_from_xml(path, *shape, settings.xml_layers)
     if path.suffix.lower() in GEOJSON_EXTENSIONS:
@@ -523,7 +530,7 @@ def read_instances(path, shape, settings):
 
 
 def fit_anchor(sources, options):
-    """The Reinhard_normalizer of the anchor image, or None if the colours stay as they are."""
+    """The Reinhard_normalizer fitted to the anchor image; None if the colours stay as they are."""
     anchor = options['anchor']
     if anchor == 'auto':
         monuseg = not options['img_dir'] and any(source.label.suffix.lower() == '.xml' for source in sources)

@@ -1,6 +1,6 @@
-"""Segment images with a trained network, and score the result: `python test.py`; an empty label_dir means no scores.
+"""Segment images with a trained network and score the result: `python test.py`. An empty label_dir means no scores.
 
-From Python: `from test import segment; label, probabilities = segment(image, 'checkpoint_best.pth.tar')`.
+From Python: `from test import segment; instances, probabilities = segment(image, 'checkpoint_best.pth.tar')`.
 """
 import os
 import sys
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from FullNet import create_model
@@ -25,14 +24,15 @@ from support.images import find_labels, list_images, read_image, read_instance_l
 from support.results import Results
 from support.script import InputError, note, run_script
 from utils import (OverlapTable, accuracy_pixel_level, gland_scores_of, inside_mask, match_objects, nuclei_scores_of,
-                   overlap_table, pool, post_process, predict_in_bands, predict_probabilities, standard_metrics_of)
+                   overlap_table, pool, post_process, predict_in_bands, predict_probabilities, standard_metrics_of,
+                   zero_pad)
 
 METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
     'GlaS': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff'),
 }
 PRETRAINED = Path(__file__).parent / 'pretrained' / 'FullNet_MultiOrgan.pth.tar'
-# mean and standard deviation of the published data sets, for a published checkpoint without its mean_std.npy
+# mean and standard deviation of the published data sets, for published checkpoints, which carry none
 PUBLISHED_MEAN_STD = {
     'MultiOrgan': [[0.74408994, 0.53806349, 0.66497889], [0.15811703, 0.19705941, 0.15046222]],
     'GlaS': [[0.78780321, 0.5120167, 0.78493782], [0.16766301, 0.24838048, 0.13225162]],
@@ -40,7 +40,7 @@ PUBLISHED_MEAN_STD = {
 
 
 def main(argv=None):
-    # 1. options, network
+    # 1. options and network
     opt, checkpoint = parse_options(argv)
     test = opt.test
     if isinstance(checkpoint.get('licence'), str) and checkpoint['licence']:
@@ -62,48 +62,48 @@ def main(argv=None):
     if processes.rank == 0:
         out.remove_tables()
         opt.save(out.folder)
-    with processes.watched(how_to_go_on):
-        processes.wait()                                                 # until the first one has the set's lock
+    with processes.report_lost_process(how_to_resume):
+        processes.wait()                                                 # until process 0 has locked the results
 
-    # 3. every image: probabilities, instances, scores; each of torchrun's processes takes its share
-    pairs, kept = list(zip(images, labels)), 0
+    # 3. every image: read, windows, probabilities, post-processing, scores, files; each process takes its own images
+    pairs, n_skipped = list(zip(images, labels)), 0
     for path, label_path in tqdm(pairs[processes.rank::processes.count], desc=set_name, disable=processes.quiet):
         if out.is_finished(path, label_path) and not test['overwrite']:
-            kept += 1
+            n_skipped += 1
             continue
         image = read_image(path, test['max_megapixels'], test['scale_16bit'])
-        label = None
+        truth = None
         if label_path is not None:
-            label = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
-        seen = image if normalizer is None else normalizer.transform(image)
-        bands = probability_bands(model, opt, mean_std, device, seen)
-        segmentation, inside, contour = segment_bands(bands, image.shape[:2], opt.post, test['scale_factor'])
-        scores = score(segmentation, label, opt.dataset) if label is not None else None
+            truth = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
+        normalized = image if normalizer is None else normalizer.transform(image)
+        bands = probability_bands(model, opt, mean_std, device, normalized)
+        instances, inside, contour = segment_bands(bands, image.shape[:2], opt.post, test['scale_factor'])
+        scores = score(instances, truth, opt.dataset) if truth is not None else None
         if test['save_flag']:
-            matches = None if label is None else match_objects(segmentation, label)
-            out.save_images(path.stem, image, segmentation, inside, contour, label, matches)
+            matches = None if truth is None else match_objects(instances, truth)
+            out.save_images(path.stem, image, instances, inside, contour, truth, matches)
         out.finish(path.stem, scores)
-    with processes.watched(how_to_go_on):
-        kept = round(processes.sums([kept])[0])
-    processes.end()
-    if kept:
-        print(f'{kept} images were finished before with the same options and weights and are kept '
-              f'(--overwrite True computes them again)')
+    with processes.report_lost_process(how_to_resume):
+        n_skipped = round(processes.sums([n_skipped])[0])
+    processes.shut_down()
+    if n_skipped:
+        print(f'{n_skipped} images were finished before with the same options and weights and are kept '
+              f'(--overwrite True recomputes them)')
 
     # 4. tables of results
     if test['label_dir'] and processes.rank == 0:
         for path, label_path in pairs:
-            if path.stem not in out.records and not out.is_finished(path, label_path):       # another process's share
+            if path.stem not in out.records and not out.is_finished(path, label_path):      # read the other process's
                 raise InputError(f'no record of {path} in {out.folder}, though another process finished it; all '
                                  f'processes must write into one folder, which all machines see')
         names = [path.stem for path in images]
-        pooled = standard_metrics_of(pool([table_of(out.records[name]['overlaps']) for name in names]))
+        pooled = standard_metrics_of(pool([stored_table(out.records[name]['overlaps']) for name in names]))
         print(out.save_tables(names, METRICS[opt.dataset], pooled), end='')
     out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
 
 
-def how_to_go_on():
+def how_to_resume():
     return 'start the same command again: finished images are kept'
 
 
@@ -111,8 +111,8 @@ def segment(image, checkpoint, *words):
     """Segment one image with a checkpoint, as test.py does.
 
     image: uint8 (H, W, 3) RGB. checkpoint: path. words: further options, as on the command line ('--tta', 'none').
-    Returns the instance label, int32 (H, W), and the probability maps, float32 (H', W', classes), (H', W') = (H, W)
-    unless the image is scaled. Raises InputError.
+    Returns the instances, int32 (H, W), 0 = background, and the probability maps, float32 (H', W', classes).
+    (H', W') is (H, W) unless the image is scaled. Raises InputError for another image, checkpoint or option.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -120,8 +120,8 @@ def segment(image, checkpoint, *words):
     opt, loaded = parse_options(['--model-path', str(checkpoint), *words])
     device = choose_device(opt.test['gpu'])
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
-    seen = image if normalizer is None else normalizer.transform(image)
-    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, seen)
+    normalized = image if normalizer is None else normalizer.transform(image)
+    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, normalized)
     probabilities = np.concatenate(list(bands))
     return segment_bands([probabilities], image.shape[:2], opt.post, opt.test['scale_factor'])[0], probabilities
 
@@ -131,7 +131,7 @@ def segment(image, checkpoint, *words):
 # ---------------------------------------------------------------------------------------------------
 
 def parse_options(argv=None):
-    """The options, and the checkpoint that they name, which knows its data set and network if it is of ours."""
+    """The Options and the checkpoint that they name. Our checkpoints carry their data set and network options."""
     opt = Options(isTrain=False).parse(argv)
     if {('test', 'epoch'), ('test', 'model_path')} <= opt.given:
         raise InputError('--epoch chooses a checkpoint of a run, and --model-path names a checkpoint; leave one out')
@@ -148,7 +148,7 @@ def parse_options(argv=None):
 
 
 def take_pretrained_if_untrained(opt):
-    """Without a run of the user's own, the default is the weights that come with the code."""
+    """Test the weights that come with the code if the user has trained nothing and named no checkpoint."""
     test = opt.test
     chosen = {('test', name) for name in ('model_path', 'epoch')} & opt.given
     if chosen or opt.dataset != 'MultiOrgan' or Path(test['model_path']).exists() or not PRETRAINED.is_file() \
@@ -161,7 +161,10 @@ def take_pretrained_if_untrained(opt):
 
 
 def find_normalizer(opt, checkpoint):
-    """With color_norm, the Reinhard_normalizer of the training images' LAB statistics, which the checkpoint carries."""
+    """With --color-norm, a Reinhard_normalizer fitted to the training images, else None.
+
+    Raises InputError if the checkpoint does not carry the LAB statistics of its training images.
+    """
     if not opt.test['color_norm']:
         return None
     if 'lab' not in checkpoint:
@@ -173,12 +176,12 @@ def find_normalizer(opt, checkpoint):
 
 
 def take_model_of_checkpoint(opt, checkpoint):
-    """A checkpoint of ours knows its model group, so that no architecture flags are needed.
+    """Take the model options from a checkpoint of ours, so that testing needs no architecture flags.
 
-    Raises InputError that names a model option which was given on the command line and contradicts it.
+    Raises InputError that names a model option on the command line which contradicts the checkpoint.
     """
     stored = checkpoint.get('options')
-    if not stored:                                            # published: the options decide
+    if not stored:                                            # a published checkpoint: options.py decides
         return
     for name, value in stored['model'].items():
         if ('model', name) in opt.given and opt.model[name] != value:
@@ -194,7 +197,10 @@ def take_model_of_checkpoint(opt, checkpoint):
 
 
 def find_mean_std(opt, checkpoint):
-    """mean_std, float64 (2, 3): the checkpoint's; a published one has none, so data_dir's file or published values."""
+    """Mean and standard deviation of the training images' colours, float64 (2, 3), in [0, 1].
+
+    They come from the checkpoint. A published checkpoint has none: then from data_dir, else the published values.
+    """
     if 'mean_std' in checkpoint:
         return check_mean_std(checkpoint['mean_std'], opt.test['model_path'])
     path = Path(opt.test['data_dir']) / 'mean_std.npy'
@@ -213,9 +219,10 @@ def load_model(opt, checkpoint, device):
 
 
 def probability_bands(model, opt, mean_std, device, image):
-    """Probability maps of an image, uint8 (H, W, 3): float32 (rows, W', classes), band by band from top to bottom.
+    """Yield the probability maps of an image in bands from top to bottom, float32 (rows, W', classes).
 
-    Sliding window unless patch_size is 0; then the network sees the whole image at once, in one band.
+    image: uint8 (H, W, 3). With patch_size 0 the network sees the whole image at once, in one band; else it sees
+    windows.
     """
     params, test = dict(opt.transform['test']), opt.test
     if params.pop('normalize', False):
@@ -231,9 +238,9 @@ def probability_bands(model, opt, mean_std, device, image):
 
     @torch.inference_mode()
     def predict(windows, shape):
-        """Probabilities (n, H, W, classes) of n windows, uint8 (h, w, 3), zero-padded once normalised."""
+        """Probabilities (n, H, W, classes) of n windows, uint8 (h, w, 3), zero-padded after normalisation."""
         inputs = [transform([Image.fromarray(window)])[0] for window in windows]
-        inputs = torch.stack([F.pad(x, (0, shape[1] - x.shape[2], 0, shape[0] - x.shape[1])) for x in inputs])
+        inputs = torch.stack([zero_pad(x, shape) for x in inputs])
         with precision.autocast():
             logits = model(inputs.to(device))
         return torch.softmax(logits.float(), dim=1).permute(0, 2, 3, 1).cpu().numpy()
@@ -250,7 +257,7 @@ def probability_bands(model, opt, mean_std, device, image):
 
 
 def resize(image, factor, max_megapixels):
-    """The image, uint8 (H, W, 3), with sides `factor` times as long. Raises InputError if that is too large."""
+    """Resize an image, uint8 (H, W, 3), by a factor. Raises InputError above max_megapixels."""
     if factor == 1:
         return image
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])
@@ -261,52 +268,48 @@ def resize(image, factor, max_megapixels):
 
 
 def segment_bands(bands, image_shape, post, scale_factor=1):
-    """From bands of probability maps to (instance label, int32 (H, W), inside and contour maps, uint8 (H', W')).
+    """Post-process the bands of an image's probability maps.
 
-    The maps hold 255 times the probability. image_shape: (H, W). The radius of the dilation is divided by scale_factor,
-    because the contour that it gives back is thinner in the image than in what the network saw.
+    bands: iterable of float32 (rows, W', classes). image_shape: (H, W). post: the group `post` of options.py. Its
+    radius is divided by scale_factor: the contour is that much thinner in the image than in what the network saw.
+    Returns the instances, int32 (H, W), and the inside and contour probabilities, uint8 (H', W'), 255 = 1.
     """
     masks, inside, contour = [], [], []
     for band in bands:
         masks.append(inside_mask(band, post['inside_threshold']))
         inside.append(np.round(band[..., 1] * 255).astype(np.uint8))
         contour.append(np.round(band[..., 2] * 255).astype(np.uint8))
-        del band                                                     # before the next one is made
+        del band                                                     # free its memory before the next one
     masks, inside, contour = map(np.concatenate, (masks, inside, contour))
     radius = round(post['radius'] / scale_factor)
-    label = post_process(masks, post['min_area'], radius, image_shape, post['h_maxima'], inside)
-    return label, inside, contour
+    instances = post_process(masks, post['min_area'], radius, image_shape, post['h_maxima'], inside)
+    return instances, inside, contour
 
 
 # ---------------------------------------------------------------------------------------------------
-# Scores, and the files of a test
+# Scores
 # ---------------------------------------------------------------------------------------------------
 
 class Scores(NamedTuple):
-    """Of one image. published: the values of METRICS. standard: by name. table: its OverlapTable without the maps."""
-    published: list
-    standard: dict
-    table: object
+    """The scores of one image."""
+    published: list         # in the order of METRICS
+    standard: dict          # of `standard_metrics`
+    table: OverlapTable     # without its maps
 
 
-def score(segmentation, label, dataset):
-    """Scores of one image: pixel accuracy of the foreground and the published object-level metrics; all overlaps."""
-    pixel_acc = accuracy_pixel_level(segmentation[None] > 0, label[None] > 0)[0]
-    table = overlap_table(segmentation, label)
+def score(instances, truth, dataset):
+    """The Scores of one image. instances, truth: int (H, W), 0 = background. dataset: chooses the published metrics."""
+    pixel_acc = accuracy_pixel_level(instances[None] > 0, truth[None] > 0)[0]
+    table = overlap_table(instances, truth)
     object_level = nuclei_scores_of(table) if dataset == 'MultiOrgan' else gland_scores_of(table)
     return Scores([float(pixel_acc), *map(float, object_level)], standard_metrics_of(table),
                   table._replace(pred_map=None, gt_map=None))
 
 
-def table_of(stored):
-    """The OverlapTable of a record."""
+def stored_table(stored):
+    """The OverlapTable, without its maps, from the dict of lists in the record of an image."""
     return OverlapTable(None, None, **{field: value if isinstance(value, int) else np.array(
         value, float if field == 'iou' else int) for field, value in stored.items()})
-
-
-# ---------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
-"""Train FullNet: `python train.py`, with the options of options.py or the command line."""
+"""Train FullNet (paper, section 3): `python train.py`, with the options of options.py or of the command line."""
 import itertools
 import logging
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from loss import VarCELoss
 from my_transforms import get_transforms
 from options import Options
 from support.checkpoints import load_checkpoint, load_mean_std_of_run, load_weights
-from support.devices import (MixedPrecision, Processes, loader_processes, memory_watched, put_on, start_loader,
+from support.devices import (MixedPrecision, Processes, loader_processes, put_on, report_out_of_memory, start_loader,
                              windows_at_once)
 from support.pictures import save_preview
-from support.run_folder import Onlooker, Run, TrainingState, take_options_of_run
+from support.run_folder import Run, SilentRun, TrainingState, take_options_of_run
 from support.script import InputError, StopRequest, run_script
 from utils import split_forward
 from weight_map import decode_weight_map
@@ -27,11 +28,21 @@ from weight_map import decode_weight_map
 log = logging.getLogger('train')
 
 POST_FIX = {'MultiOrgan': ['weight.png', 'label.png'], 'GlaS': ['anno_weight.png', 'anno.bmp']}
-GRID_IMAGES = 4
+GRID_IMAGES = 4                         # validation images in val_grid.png
+
+
+class Setup(NamedTuple):
+    """What training and validation both need."""
+    options: dict                       # the group `train` of options.py
+    processes: Processes
+    precision: MixedPrecision
+    criterion: VarCELoss
+    run: Run | SilentRun
+    stop: StopRequest
 
 
 def main(argv=None):
-    # 1. options, the checkpoint to go on from, the processes that torchrun started
+    # 1. options, the checkpoint to resume from, the processes that torchrun started
     opt = Options(isTrain=True).parse(argv)
     train = opt.train
     checkpoint = load_checkpoint(train['checkpoint']) if train['checkpoint'] else None
@@ -52,7 +63,7 @@ def main(argv=None):
     common = dict(collate_fn=batch_items, worker_init_fn=start_loader, generator=torch.Generator(),
                   pin_memory=processes.device.type == 'cuda')
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=workers, **common)
-    val_loader = DataLoader(val_set, sampler=share_of_images(len(val_set), processes), num_workers=min(1, workers),
+    val_loader = DataLoader(val_set, sampler=own_images(len(val_set), processes), num_workers=min(1, workers),
                             persistent_workers=workers > 0, **common)
 
     # 3. network, loss, optimizer
@@ -72,7 +83,7 @@ def main(argv=None):
         state.load(checkpoint, opt)
 
     # 4. run folder and logs
-    run = Run(state, opt, mean_std) if processes.rank == 0 else Onlooker()
+    run = Run(state, opt, mean_std) if processes.rank == 0 else SilentRun()
     log.info(opt.describe())
     run.save_info(train_set, val_set)
     log.info(f'{len(train_set)} training and {len(val_set)} validation images; {opt.model["name"]} with '
@@ -82,19 +93,18 @@ def main(argv=None):
         log.info(f'resumed from {train["checkpoint"]}: {state.epoch} epochs and {state.batch} steps done')
 
     # 5. epochs
-    with StopRequest(processes) as stop, run, processes.watched(run.how_to_go_on), memory_watched(run):
-        network = processes.share(model)
+    with StopRequest(processes) as stop, run, processes.report_lost_process(run.how_to_resume), \
+            report_out_of_memory(run.last_good):
+        setup = Setup(train, processes, precision, criterion, run, stop)
+        network = processes.distribute(model)
         compiled = torch.compile(network, dynamic=False) if train['compile'] else network
         batches.start_at(state.epoch, state.batch)
-        crops = iter(train_loader)                               # of all epochs
+        crops = iter(train_loader)                               # one iterator over the batches of all epochs
         while state.step < state.total_steps or state.batch > 0:
-            train_epoch(state, network, compiled, crops, train_loader, criterion, train, processes, precision, run,
-                        stop)
-            validated = (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps
+            train_epoch(setup, state, network, compiled, crops, train_loader)
             val, pictures = [math.nan] * 3, []
-            if validated:
-                val, pictures = validate(state.validation_model(), val_loader, criterion, train, processes, precision,
-                                         run, stop)
+            if (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps:
+                val, pictures = validate(setup, state.validation_model(), val_loader)
             is_best = val[2] > state.best_iou
             row = state.finish_epoch(val)
             run.save_epoch(is_best)
@@ -102,7 +112,7 @@ def main(argv=None):
             if pictures and run.is_grid_due():
                 run.save_grid(pictures)
         run.draw_learning_curve()
-    processes.end()
+    processes.shut_down()
     log.info(f'done: {state.epoch} epochs in {state.minutes():.1f} minutes, best validation IoU {state.best_iou:.4f}; '
              f'weights in {opt.train["save_dir"]}/checkpoints')
 
@@ -111,37 +121,38 @@ def main(argv=None):
 # An epoch
 # ---------------------------------------------------------------------------------------------------
 
-def train_epoch(state, network, compiled, crops, loader, criterion, train, processes, precision, run, stop):
-    """The training half of an epoch, from the step at which the state stands.
+def train_epoch(setup, state, network, compiled, crops, loader):
+    """Train from the step at which the state stands to the end of the epoch, or of training.
 
-    network: the model as `processes` share it; compiled: the same, for batches of full size. crops: iterator over the
-    batches of the loader, epoch after epoch.
+    setup: Setup. state: TrainingState, updated in place. network: the model, distributed over the processes. compiled:
+    the compiled network, for batches of full size. crops: iterator over the loader, which goes on from epoch to epoch.
     """
+    train, processes, precision, criterion, run, stop = setup
     network.train()
     batches = loader.batch_sampler
     progress = tqdm(itertools.islice(crops, len(batches) - state.batch), desc=f'epoch {state.epoch + 1}',
                     initial=state.batch, total=len(batches), disable=processes.quiet)
     started = time.monotonic()
     for batch in progress:
-        if state.step >= state.total_steps:                      # the time budget ends within an epoch
+        if state.step >= state.total_steps:                      # max_minutes may end training within an epoch
             break
-        # 1. a seed of its own for every step, so that dropout is the same after a resume
+        # 1. data; each step has its own seed, so that a resumed run draws the same dropout
         torch.manual_seed(step_seed(train['seed'], state.step, processes.rank))
-        n_own, n_all = batches.sizes(state.batch)                # images of this process, and of all
+        n_own, n_all = batches.sizes(state.batch)                # images of this process, of all processes
         image, weight, target, instances = to_device(batch, processes.device, train['use_weight_map'])
 
-        # 2. forward and loss; for a short batch the network would be compiled anew
+        # 2. forward and loss; a short batch is not compiled, because compiling it would take a minute
         with precision.autocast():
             logits = compiled(image) if n_all == train['batch_size'] else network(image)
         logits = logits.float()                                  # softmax, loss and variance in float32
         loss, loss_ce, loss_var = criterion(logits, target, weight, instances)
         results = torch.stack([loss, loss_ce, loss_var, *pixel_results(logits, target)]).detach()               # (5,)
 
-        # 3. backward; the gradients become the mean over the processes, so weigh them by their images
+        # 3. backward; gradients are averaged over the processes, so each loss is weighted by the process's images
         state.optimizer.zero_grad(set_to_none=True)
         precision.scaler.scale(loss * (n_own * processes.count / n_all)).backward()
 
-        # 4. is the loss finite? This is where the CPU waits for a GPU, once in a step
+        # 4. check that the loss is finite; this reads numbers, so the CPU waits for the GPU here, once in a step
         values = processes.sums([value * n_own for value in results.tolist()])
         values = [value / n_all for value in values]
         if not math.isfinite(values[0]):
@@ -158,7 +169,7 @@ def train_epoch(state, network, compiled, crops, loader, criterion, train, proce
         precision.scaler.step(state.optimizer)
         precision.scaler.update()
 
-        # 6. results so far
+        # 6. results so far in this epoch
         state.finish_step(values, n_all)
         means = state.means()
         progress.set_postfix(loss=f'{means[0]:.4f}', IoU=f'{means[4]:.4f}')
@@ -166,29 +177,25 @@ def train_epoch(state, network, compiled, crops, loader, criterion, train, proce
             log.info('  step %d/%d  loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f',
                      state.batch, len(batches), *means)
 
-        # 7. time budget, checkpoint, stop
+        # 7. time limit, checkpoint, stop request
         if train['max_minutes'] and not state.steps_planned:
             state.plan_steps(time.monotonic() - started, train['max_minutes'], processes)
         run.save_if_due()
-        stop.check(run.save_and_say_how_to_go_on)
+        stop.check(run.save_before_stop)
         started = time.monotonic()
     progress.close()
 
 
-def share_of_images(n_images, processes):
-    """Indices of the images that this process validates. All processes get as many: the last image may be repeated."""
-    return [min(i, n_images - 1) for i in
-            range(processes.rank, -(-n_images // processes.count) * processes.count, processes.count)]
+def validate(setup, model, loader):
+    """Validate with the sliding window; the loss, pixel accuracy and IoU of class 1, means over all images.
 
-
-def validate(model, loader, criterion, train, processes, precision, run, stop):
-    """Mean over the validation images of [loss, pixel accuracy, IoU of class 1], with the sliding window.
-
-    Returns it and the first images of this process: (image (3, H, W), target (H, W), probabilities (C, H, W)), on the
-    CPU.
+    setup: Setup. model: the network. loader: batches of one image, those of this process. Returns the three means, a
+    list of float, and the first GRID_IMAGES images of this process: tuples of image (3, H, W), target (H, W) and
+    probabilities (C, H, W), on the CPU.
     """
+    train, processes, precision, criterion, run, stop = setup
     model.eval()
-    processes.copy_from_first(model.buffers())                       # the running moments of batch norm
+    processes.copy_from_first(model.buffers())                       # the running mean and variance of batch norm
     results, pictures, n_images = [], [], len(loader.dataset)
     progress = tqdm(loader, desc='validation', disable=processes.quiet, leave=False)
     for i, batch in enumerate(progress):
@@ -199,41 +206,56 @@ def validate(model, loader, criterion, train, processes, precision, run, stop):
                                        model.conv2.out_channels, windows_at_once(processes.device))
             logits = logits.float()
             loss = criterion(logits, target, weight, instances)[0]
-            if processes.rank + i * processes.count < n_images:      # not a repetition
+            if processes.rank + i * processes.count < n_images:      # `own_images` may repeat the last image
                 results.append(torch.stack([loss, *pixel_results(logits, target)]))
         if len(pictures) < GRID_IMAGES:
             pictures.append((image[0].cpu(), target[0].cpu(), logits[0].softmax(0).cpu()))
-        run.save_if_due()                                            # validation is done again after a resume
-        stop.check(run.save_and_say_how_to_go_on)
+        run.save_if_due()                                            # a resume repeats the whole validation
+        stop.check(run.save_before_stop)
     sums = torch.stack(results).double().sum(0).tolist() if results else [0.0] * 3
     return [value / n_images for value in processes.sums(sums)], pictures
 
 
+def own_images(n_images, processes):
+    """Indices of the images that this process validates, list of int.
+
+    All processes get equally many, because they wait for each other; the last image may be repeated for that.
+    """
+    return [min(i, n_images - 1) for i in
+            range(processes.rank, -(-n_images // processes.count) * processes.count, processes.count)]
+
+
 def to_device(batch, device, use_weight_map):
-    """image (B, 3, H, W) float, weight (B, H, W) float of 1 to 11, target (B, H, W) int64, instances (B, H, W) int32,
-    on the device. batch: of `batch_items`."""
+    """Move a batch of `batch_items` to the device.
+
+    Returns image (B, 3, H, W) float32, weight (B, H, W) float32 from 1 to 11 (all 1 without use_weight_map), target
+    (B, H, W) int64 classes, instances (B, H, W) int32 ids.
+    """
     image, weight, target, instances = (values.to(device, non_blocking=True) for values in batch)
     weight = decode_weight_map(weight.float())
     return image, weight if use_weight_map else torch.ones_like(weight), target.long(), instances
 
 
 def pixel_results(logits, target):
-    """Pixel accuracy and IoU of class 1, mean over the batch, (2,) on the device: `accuracy_pixel_level` of a GPU."""
-    found, wanted = logits.detach().argmax(1) == 1, target == 1
-    both, either = ((found & wanted).sum((1, 2)), (found | wanted).sum((1, 2)))
-    return (found == wanted).float().mean(), (both / (either + 1e-10)).mean()
+    """Pixel accuracy and IoU of class 1, each the mean over the batch: two scalar tensors on the device.
+
+    The first two values of `accuracy_pixel_level`, computed on the device. logits: (B, C, H, W); target: (B, H, W).
+    """
+    predicted, actual = logits.detach().argmax(1) == 1, target == 1
+    intersection, union = (predicted & actual).sum((1, 2)), (predicted | actual).sum((1, 2))
+    return (predicted == actual).float().mean(), (intersection / (union + 1e-10)).mean()
 
 
 def step_seed(seed, step, rank=0):
-    """A seed of 63 bits for each (seed, step, number of the process)."""
+    """A seed of 63 bits that depends on the run's seed, the step and the rank of the process."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def learning_rate(step, total_steps, train, steps_per_epoch):
-    """Learning rate of a step, counted from 0.
+    """Learning rate of a step, counted from 0. train: the group `train` of options.py.
 
-    none: constant, as published. cosine: to 0 at the end. Both after `warmup_epochs` of linear warm-up. onecycle: up
-    from lr / 25 during 30 % of the steps, then down to lr / 10,000, both as half a cosine.
+    none: constant, as published. cosine: half a cosine down to 0. Both start with `warmup_epochs` of linear warm-up.
+    onecycle: half a cosine up from lr / 25 in the first 30 % of the steps, then half a cosine down to lr / 10,000.
     """
     lr, done = train['lr'], step / total_steps
     if train['lr_schedule'] == 'onecycle':
@@ -245,16 +267,12 @@ def learning_rate(step, total_steps, train, steps_per_epoch):
 
 
 def half_cosine(start, end, t):
-    """From `start` at t = 0 to `end` at t = 1."""
+    """Go from `start` at t = 0 to `end` at t = 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------
-
 def load_data(opt, split, mean_std):
-    """The DataFolder of 'train' or 'val' in data_dir."""
+    """The DataFolder of the split 'train' or 'val' in data_dir. mean_std: (2, 3), what `normalize` uses."""
     data_dir, transform = Path(opt.train['data_dir']), dict(opt.transform[split])
     if transform.get('normalize'):
         transform['normalize'] = mean_std
@@ -262,11 +280,6 @@ def load_data(opt, split, mean_std):
         transform.pop('normalize', None)
     folders = [data_dir / part / split for part in ('images', 'weight_maps', 'labels')]
     return DataFolder(folders, POST_FIX[opt.dataset], [3, 1, 3], get_transforms(transform))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Run folder: checkpoints, logs, pictures
-# ---------------------------------------------------------------------------------------------------
 
 
 if __name__ == '__main__':

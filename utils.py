@@ -1,5 +1,4 @@
 """Sliding window, test-time augmentation, post-processing and metrics."""
-import itertools
 from collections import namedtuple
 from typing import NamedTuple
 
@@ -12,19 +11,21 @@ from skimage import measure, morphology, segmentation
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from support.checkpoints import load_checkpoint  # noqa: F401  (the published code has it here)
+from support.checkpoints import load_checkpoint  # noqa: F401  (imported from here, as in the published code)
 from support.hausdorff import ObjectShapes, hausdorff_distances, nearest_object_distances
 from support.images import resize_bilinear
 from support.script import InputError
 
 # ---------------------------------------------------------------------------------------------------
-# Sliding window and test-time augmentation
+# Sliding window
 # ---------------------------------------------------------------------------------------------------
 
 def window_grid(length, size, overlap):
-    """Windows along one side: the padded length, and (start, stop, first, end) of each window.
+    """Windows along one side of an image. The stride is size - overlap.
 
-    A window reads [start, stop) and writes [first, end): all but its outer overlap // 2 pixels, except at the border.
+    Returns the padded length and a list of (start, stop, first, end), in pixels: a window reads [start, stop) and
+    writes [first, end). It does not write its outer overlap // 2 pixels, except at the border of the padded image. A
+    side of at most `size` pixels is one window; a longer one is padded at its end to whole windows.
     """
     if length <= size:
         return length, [(0, length, 0, length)]
@@ -39,32 +40,69 @@ def window_grid(length, size, overlap):
     return padded, windows
 
 
+class Window(NamedTuple):
+    """A window of an image, as pairs (rows, columns)."""
+    read: tuple         # slices of the image: the pixels that the network sees
+    write: tuple        # slices of the result: the pixels that the window computes
+    take: tuple         # slices of the network's output: those same pixels
+    shape: tuple        # (h, w) of the window, after zero-padding at the bottom and right
+
+
+def list_windows(height, width, size, overlap, box=None):
+    """The Windows that compute an image, row by row. Each pixel is written by exactly one window.
+
+    box: (top, bottom, left, right), the part of the image that is computed, by default all of it. `write` counts from
+    the corner of the box.
+    """
+    top, bottom, left, right = box or (0, height, 0, width)
+    return [Window(*zip(rows, columns)) for rows in _windows_along(height, size, overlap, top, bottom)
+            for columns in _windows_along(width, size, overlap, left, right)]
+
+
+def _windows_along(length, size, overlap, low, high):
+    """(read, write, take, length) of the windows that write into [low, high) along one side of an image."""
+    grid = window_grid(length, size, overlap)[1]
+    ends = [first for _, _, first, _ in grid[1:]] + [length]  # where two windows write, the later one wins
+    found = []
+    for (start, stop, first, _), end in zip(grid, ends):
+        first, end = max(first, low), min(end, high)
+        if first < end:
+            found.append((slice(start, min(stop, length)), slice(first - low, end - low),
+                          slice(first - start, end - start), stop - start))
+    return found
+
+
+def zero_pad(tensor, shape):
+    """Pad a tensor (..., h, w) with zeros at the bottom and right to the shape (H, W)."""
+    return F.pad(tensor, (0, shape[1] - tensor.shape[-1], 0, shape[0] - tensor.shape[-2]))
+
+
 def split_forward(model, input, size, overlap, outchannel=3, n_windows=1):
-    """The model's output for images larger than it is run on, from overlapping windows.
+    """Run the model on overlapping windows of images, and put its output together.
 
     input: (B, C, H, W) float tensor. size, overlap: pixels; the stride is their difference. model: maps windows
-    (n, C, h, w) to (n, outchannel, h, w). n_windows: of each image, that the model sees at a time. Returns
-    (B, outchannel, H, W) on the input's device. A side longer than `size` is zero-padded at the bottom / right to whole
-    windows; a shorter one is one window of that length. Raises ValueError unless 0 <= overlap < size.
+    (n, C, h, w) to (n, outchannel, h, w). n_windows: number of windows of each image in one call of the model.
+    A side longer than `size` is zero-padded at the bottom or right to whole windows; a shorter one is one window of
+    that length. Returns (B, outchannel, H, W) on the input's device. Raises ValueError unless 0 <= overlap < size.
     """
     if not 0 <= overlap < size:
         raise ValueError(f'overlap is {overlap}; expected at least 0 and less than the window size, {size}')
     batch, _, height, width = input.shape
-    padded_height, rows = window_grid(height, size, overlap)
-    padded_width, columns = window_grid(width, size, overlap)
-    padded = F.pad(input, (0, padded_width - width, 0, padded_height - height))
-    output = input.new_zeros(batch, outchannel, padded_height, padded_width)
-    windows = list(itertools.product(rows, columns))                     # all of one size
+    output = input.new_empty(batch, outchannel, height, width)
+    windows = list_windows(height, width, size, overlap)                 # all have the same shape
     for i in range(0, len(windows), n_windows):
         group = windows[i:i + n_windows]
-        seen = torch.cat([padded[:, :, top:bottom, left:right] for (top, bottom, *_), (left, right, *_) in group])
-        for ((top, _, *rows), (left, _, *columns)), window in zip(group, model(seen).split(batch)):
-            output[:, :, slice(*rows), slice(*columns)] = \
-                window[:, :, rows[0] - top:rows[1] - top, columns[0] - left:columns[1] - left]
-    return output[:, :, :height, :width]
+        crops = torch.cat([zero_pad(input[(..., *window.read)], window.shape) for window in group])
+        for window, result in zip(group, model(crops).split(batch)):
+            output[(..., *window.write)] = result[(..., *window.take)]
+    return output
 
 
-# Orientations of test-time augmentation: (number of 90-degree turns, mirror first). 'flips': what two mirrors give.
+# ---------------------------------------------------------------------------------------------------
+# Test-time augmentation
+# ---------------------------------------------------------------------------------------------------
+
+# orientations of test-time augmentation: (number of 90-degree turns, mirror first?)
 ORIENTATIONS = {
     'none': [(0, False)],
     'flips': [(0, False), (0, True), (2, False), (2, True)],
@@ -73,7 +111,7 @@ ORIENTATIONS = {
 
 
 def orient(array, turns, mirror):
-    """Mirror (H, W, ...) left-right if asked, then turn it by `turns` x 90 degrees."""
+    """Mirror an array (H, W, ...) left-right if `mirror`, then turn it by `turns` x 90 degrees. Returns a view."""
     return np.rot90(array[:, ::-1] if mirror else array, turns)
 
 
@@ -84,7 +122,7 @@ def orient_back(array, turns, mirror):
 
 
 def predict_probabilities(predict, image, tta='full'):
-    """Mean probability maps over the orientations of test-time augmentation.
+    """Mean probability maps over the orientations of test-time augmentation, for images predicted as a whole.
 
     predict: maps an RGB image, uint8 (H, W, 3), to probabilities, float (H', W', classes). tta: full / flips / none.
     Returns float32 (H', W', classes).
@@ -97,14 +135,15 @@ def predict_probabilities(predict, image, tta='full'):
 
 
 def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, batch_size=1, band_pixels=2 ** 23):
-    """Probability maps of an image of any size, band by band: `predict_probabilities` with `split_forward`'s windows.
+    """`predict_probabilities` with the sliding window, in horizontal bands, so that memory suffices for large images.
 
-    predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and a shape (H', W') that they are to be
-    padded to, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities) of
-    at least `band_pixels` pixels, but for the last, float32 (bottom - top, W, n_classes), from top to bottom. How the
-    image is cut into bands changes nothing: each pixel comes from one window of the whole image's grid, for every
-    orientation. Windows that write to two bands are computed twice; bands end where rows of windows do, so that
-    without augmentation there are none.
+    predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and the shape (H', W') to which they are to
+    be zero-padded, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities)
+    from top to bottom, float32 (bottom - top, W, n_classes); each band but the last has at least `band_pixels` pixels.
+
+    The bands do not change the result: in each orientation a pixel comes from the same window of the whole image's
+    grid. A window that writes into two bands is computed twice. Bands begin where a row of windows begins to write, so
+    that without augmentation no window is.
     """
     height, width = image.shape[:2]
     edges = [0]
@@ -112,55 +151,31 @@ def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, bat
         if (first - edges[-1]) * width >= band_pixels and first < height:
             edges.append(first)
     bands = list(zip(edges, [*edges[1:], height]))
-    jobs = [[list(_windows_of_band(*band, height, width, size, overlap, turns)) for turns, _ in ORIENTATIONS[tta]]
-            for band in bands]
-    progress = tqdm(total=sum(len(windows) for band in jobs for windows in band), desc='windows', unit='window',
-                    disable=None if height * width > 4 * size * size else True, leave=False)
-    for (top, bottom), orientations in zip(bands, jobs):
+
+    def windows_of(top, bottom, turns):
+        """The windows, in the image turned by `turns` x 90 degrees, that write into the band."""
+        if turns >= 2:                                                   # the rows run backwards
+            top, bottom = height - bottom, height - top
+        if turns % 2:                                                    # the rows have become columns
+            return list_windows(width, height, size, overlap, (0, width, top, bottom))
+        return list_windows(height, width, size, overlap, (top, bottom, 0, width))
+
+    windows_of_bands = [[windows_of(*band, turns) for turns, _ in ORIENTATIONS[tta]] for band in bands]
+    n_windows = sum(len(windows) for band in windows_of_bands for windows in band)
+    progress = tqdm(total=n_windows, desc='windows', unit='window', leave=False,
+                    disable=None if height * width > 4 * size * size else True)
+    for (top, bottom), windows_by_orientation in zip(bands, windows_of_bands):
         total = np.zeros((bottom - top, width, n_classes), np.float32)
-        for (turns, mirror), windows in zip(ORIENTATIONS[tta], orientations):
-            oriented, place = orient(image, turns, mirror), orient(total, turns, mirror)          # views
+        for orientation, windows in zip(ORIENTATIONS[tta], windows_by_orientation):
+            oriented_image, oriented_total = orient(image, *orientation), orient(total, *orientation)      # views
             for i in range(0, len(windows), batch_size):
-                batch = windows[i:i + batch_size]
-                crops = [np.ascontiguousarray(oriented[window.read]) for window in batch]
-                for window, output in zip(batch, predict(crops, batch[0].shape)):
-                    place[window.write] += output[window.take]
-                progress.update(len(batch))
+                group = windows[i:i + batch_size]
+                crops = [np.ascontiguousarray(oriented_image[window.read]) for window in group]
+                for window, result in zip(group, predict(crops, group[0].shape)):
+                    oriented_total[window.write] += result[window.take]
+                progress.update(len(group))
         yield top, bottom, total / len(ORIENTATIONS[tta])
     progress.close()
-
-
-class Window(NamedTuple):
-    """A window of an oriented image. read, write, take: pairs of slices, of the image, of a band's result (oriented as
-    the image), and of the window's output. shape: of the window with its padding."""
-    read: tuple
-    write: tuple
-    take: tuple
-    shape: tuple
-
-
-def _windows_of_band(top, bottom, height, width, size, overlap, turns):
-    """The Windows that write to rows top ... bottom of an image, in the image turned by 90 x `turns`."""
-    if turns >= 2:                                            # the image's rows run backwards
-        top, bottom = height - bottom, height - top
-    band = [(top, bottom), (0, width)]
-    sides = [height, width]
-    if turns % 2:
-        band, sides = band[::-1], sides[::-1]
-    pieces = []
-    for side, (low, high) in zip(sides, band):
-        grid = window_grid(side, size, overlap)[1]
-        ends = [first for _, _, first, _ in grid[1:]] + [side]          # where two windows write, the later one wins
-        found = []
-        for (start, stop, first, _), end in zip(grid, ends):
-            first, end = max(first, low), min(end, high)
-            if first < end:
-                found.append((slice(start, min(stop, side)), slice(first - low, end - low),
-                              slice(first - start, end - start), stop - start))
-        pieces.append(found)
-    for rows in pieces[0]:
-        for columns in pieces[1]:
-            yield Window(*zip(rows, columns))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -168,13 +183,13 @@ def _windows_of_band(top, bottom, height, width, size, overlap, turns):
 # ---------------------------------------------------------------------------------------------------
 
 def disk(radius):
-    """Disk-shaped footprint, bool (2r + 1, 2r + 1): pixels within `radius` of the centre."""
+    """Disk-shaped footprint, bool (2 radius + 1, 2 radius + 1): the pixels within `radius` of the centre."""
     y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
     return x * x + y * y <= radius * radius
 
 
 def remove_small_components(mask, min_area):
-    """Drop the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
+    """Remove the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
     components, n = ndimage.label(mask)
     areas = sum(np.bincount(components[top:top + 2048].ravel(), minlength=n + 1)       # in pieces, for large images
                 for top in range(0, len(components), 2048))
@@ -184,49 +199,53 @@ def remove_small_components(mask, min_area):
 
 
 def inside_mask(probabilities, threshold=0):
-    """Where class 1 is, bool (H, W). probabilities: float (H, W, classes). threshold 0: where it is the most likely
-    class, as published; else where its probability is at least the threshold."""
+    """The pixels of class 1 (inside), bool (H, W). probabilities: float (H, W, classes).
+
+    threshold 0: the pixels where class 1 is the most likely class, as published. Else: those where its probability is
+    at least the threshold.
+    """
     return probabilities[..., 1] >= threshold if threshold else probabilities.argmax(axis=2) == 1
 
 
 def post_process(inside, min_area, radius, original_size=None, h_maxima=0, inside_map=None):
-    """From the mask of class 1 to an instance label.
+    """From the mask of class 1 to instances, int32 (H0, W0), 0 = background.
 
-    inside: bool (H, W), `inside_mask`. min_area: pixels, smaller 4-connected components go. original_size: (H0, W0)
-    when the network saw a scaled image; the mask is resized to it bilinearly. radius: pixels of the grey dilation
-    that gives back the contour. Returns int32 (H0, W0), 0 = background.
-    Not in the published method, and off at 0: h_maxima, a probability, see `split_objects`. It needs inside_map, the
-    inside probability, uint8 (H, W), 255 = 1, which it smooths by a Gaussian of 1 pixel. Parts of one object touch; the
-    dilation leaves the border between them where it is.
+    inside: bool (H, W), of `inside_mask`. min_area: pixels; smaller 4-connected components are removed. original_size:
+    (H0, W0), to which the mask is resized bilinearly if the network saw a scaled image. The 8-connected components are
+    the instances. radius: pixels of the grey dilation that restores the contour.
+
+    h_maxima, a probability, is not in the published method and off at 0: it splits instances with `split_objects`. It
+    needs inside_map, the inside probability, uint8 (H, W), 255 = 1, and smooths it with a Gaussian of 1 pixel. The
+    dilation does not move the border between two parts of a split instance.
     """
     mask = remove_small_components(inside, min_area)
     smooth = ndimage.gaussian_filter(inside_map, 1) if h_maxima else None
     if original_size is not None and mask.shape != tuple(original_size):
         mask = resize_bilinear(mask * np.uint8(255), original_size) > 127.5
         smooth = resize_bilinear(smooth, original_size) if h_maxima else None
-    label, _ = ndimage.label(mask, np.ones((3, 3)))
-    label = label.astype(np.int32, copy=False)
+    instances, _ = ndimage.label(mask, np.ones((3, 3)))
+    instances = instances.astype(np.int32, copy=False)
     if not h_maxima:
-        return dilate(label, radius)
-    parts = split_objects(label, smooth, h_maxima)
-    label = dilate(parts.copy(), radius)
-    np.copyto(label, parts, where=parts > 0)
-    return label
+        return dilate(instances, radius)
+    parts = split_objects(instances, smooth, h_maxima)
+    instances = dilate(parts.copy(), radius)
+    np.copyto(instances, parts, where=parts > 0)
+    return instances
 
 
-def split_objects(label, inside, h):
-    """Split objects along the valleys of the inside probability: a watershed from its h-maxima.
+def split_objects(instances, inside, h):
+    """Split instances along the valleys of the inside probability, by a watershed from its h-maxima.
 
-    label: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1. h: probability by which a maximum
-    stands out: all paths in the object from it to a higher one go down as far. An object with fewer than two of them
-    stays whole. Returns int32 (H, W), ids 1, 2, ...
+    instances: int32 (H, W), ids 1, 2, ... inside: uint8 (H, W), 255 = probability 1. h: the probability by which a
+    maximum must stand out: every path inside the instance to a higher maximum falls by at least h. An instance with
+    fewer than two such maxima stays whole. Returns int32 (H, W), ids 1, 2, ...
     """
-    result, n = np.zeros_like(label), 0
-    for i, window in enumerate(ndimage.find_objects(label), start=1):
-        region = label[window] == i
+    result, n = np.zeros_like(instances), 0
+    for i, window in enumerate(ndimage.find_objects(instances), start=1):
+        region = instances[window] == i
         parts = region.astype(np.int32)
         top = np.where(region, inside[window], 0).astype(int)
-        # not morphology.h_maxima, which counts tops of one height apart, however shallow the valley between them
+        # morphology.h_maxima does not fit: it separates maxima of equal height, however shallow the valley between them
         cut = morphology.reconstruction(np.maximum(top - round(h * 255), 0), top, footprint=np.ones((3, 3)))
         seeds, count = ndimage.label(morphology.local_maxima(cut, connectivity=2), np.ones((3, 3)))
         if count > 1:
@@ -236,47 +255,50 @@ def split_objects(label, inside, h):
     return result
 
 
-def dilate(label, radius, rows=2048):
-    """Grey dilation of an int (H, W) label with a disk, in place: where two objects meet, the higher id wins."""
+def dilate(instances, radius, rows=2048):
+    """Grey dilation of instances, int (H, W), with a disk, in place: where two meet, the higher id wins. Returns them.
+
+    radius: pixels. rows: how many rows are dilated at a time, which bounds the memory.
+    """
     footprint = disk(radius).astype(np.uint8)
-    fits_16_bits = label.max(initial=0) <= np.iinfo(np.uint16).max           # OpenCV dilates no larger integers
-    before = label[:0]                                               # the last rows above, as they were
-    for top in range(0, len(label), rows):
-        piece = np.concatenate([before, label[top:top + rows + radius]])
-        first, end = len(before), len(before) + rows
+    fits_16_bits = instances.max(initial=0) <= np.iinfo(np.uint16).max       # OpenCV dilates no larger integers
+    above = instances[:0]                                            # the last rows of the piece above, undilated
+    for top in range(0, len(instances), rows):
+        piece = np.concatenate([above, instances[top:top + rows + radius]])
+        first, end = len(above), len(above) + rows
         dilated = (cv2.dilate(piece.astype(np.uint16), footprint) if fits_16_bits
                    else ndimage.grey_dilation(piece, footprint=footprint))
-        label[top:top + rows] = dilated[first:end]
-        before = piece[max(end - radius, 0):end]
-    return label
+        instances[top:top + rows] = dilated[first:end]
+        above = piece[max(end - radius, 0):end]
+    return instances
 
 
 # ---------------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------------
-# Every object-level metric starts from one table of the objects that overlap (`overlap_table`).
-# What images with nothing to match score:
+# Every object-level metric is computed from the table of overlapping objects (`overlap_table`).
+# Scores of images without a pair of overlapping objects (H = Hausdorff distance):
 #
 #                             nuclei                      gland                       standard
-#                             all but H     Hausdorff     all but H     Hausdorff     all
+#                             all but H     H             all but H     H             all
 #   pred and gt empty         1             NaN           1             0             1
 #   one of the two empty      0             NaN           0             5e4           0
-#   no object overlaps        0             NaN           0             as usual      0
+#   no object overlaps        0             NaN           0             computed      0
 #
-# "Empty" means no object; for the gland metric, no ground-truth object of 3 pixels or more. `AverageMeter` leaves
-# NaN out of its averages. An image without background is no special case.
+# "Empty" means without objects; for the gland metric, without ground-truth objects of 3 pixels or more. `AverageMeter`
+# leaves NaN out of its averages. An image without background needs no special treatment.
 
 EPS = 1e-10                                        # in the denominators of the published ratios
-MIN_GLAND_AREA = 3                                 # smaller ground-truth glands are dropped, pixels
+MIN_GLAND_AREA = 3                                 # pixels; smaller ground-truth glands are dropped, as published
 
 NucleiScores = namedtuple('NucleiScores', 'recall precision F1 dice iou hausdorff AJI')        # hausdorff: pixels
 GlandScores = namedtuple('GlandScores', 'recall precision F1 dice iou hausdorff')
 
 
 class AverageMeter:
-    """Means of arrays of one shape, per element, over the values that are not NaN (NaN where there is none).
+    """Running mean of arrays, per element. NaN values are left out; an element without values has the mean NaN.
 
-    sum, count, avg: arrays of `shape`.
+    sum, count, avg: float arrays of `shape`.
     """
 
     def __init__(self, shape=1):
@@ -284,7 +306,7 @@ class AverageMeter:
         self.count = np.zeros(shape)
 
     def update(self, values, n=1):
-        """Add `values`, the mean of `n` samples."""
+        """Add `values`, an array of `shape` that is the mean of `n` samples."""
         values = np.asarray(values, dtype=float).reshape(self.sum.shape)
         valid = ~np.isnan(values)
         self.sum[valid] += n * values[valid]
@@ -297,11 +319,11 @@ class AverageMeter:
 
 
 def accuracy_pixel_level(output, target):
-    """Class 1 against the rest, mean over the batch.
+    """Pixel-level scores of class 1 against all other classes, means over the batch.
 
-    output, target: integer or bool (B, H, W). Returns (6,) accuracy, IoU, recall, precision, F1,
-    (recall + specificity) / 2. A ratio without any pixel in its denominator is 0.
-    Raises InputError on arrays that do not fit.
+    output, target: integer or bool (B, H, W). Returns float (6,): accuracy, IoU, recall, precision, F1,
+    (recall + specificity) / 2. A ratio without a pixel in its denominator is 0.
+    Raises InputError for arrays of other types, negative values or different shapes.
     """
     output, target = (labels.reshape(len(labels), -1) == 1 for labels in _checked(output, target, '(B, H, W)'))
     tp = (output & target).sum(1)
@@ -320,17 +342,17 @@ def accuracy_pixel_level(output, target):
 
 
 def nuclei_accuracy_object_level(pred, gt):
-    """Object-level scores of the nuclei experiments (paper section 3): `NucleiScores`.
+    """Object-level scores of the nuclei experiments (paper, section 3): `NucleiScores`.
 
-    pred, gt: integer or bool (H, W), 0 = background. In raster order each ground-truth object takes the free
-    prediction of highest IoU; any overlap makes a true positive. dice, iou, hausdorff are means over these pairs.
-    Raises InputError on arrays that do not fit.
+    pred, gt: integer or bool (H, W), 0 = background. In raster order, each ground-truth object takes the free
+    prediction of highest IoU; any overlap is a true positive. dice, iou and hausdorff (pixels) are means over these
+    pairs. Raises InputError as `accuracy_pixel_level` does.
     """
     return nuclei_scores_of(overlap_table(pred, gt))
 
 
 def nuclei_scores_of(table):
-    """`nuclei_accuracy_object_level` of an `OverlapTable` with its maps."""
+    """`nuclei_accuracy_object_level` from an `OverlapTable` with its maps."""
     if table.n_pred == table.n_gt == 0:
         return NucleiScores(1.0, 1.0, 1.0, 1.0, 1.0, np.nan, 1.0)
     pairs = _published_pairs(table)
@@ -347,15 +369,15 @@ def gland_accuracy_object_level(pred, gt):
     """Object-level scores of the GlaS challenge: `GlandScores`.
 
     pred, gt: integer or bool (H, W), 0 = background. A prediction is a true positive if it covers at least half of
-    the gland that it overlaps most; two predictions on one gland count once. dice, iou, hausdorff: area-weighted
-    means over the glands, each with the prediction that it overlaps most, and over the predictions likewise, halved.
-    Raises InputError on arrays that do not fit.
+    the gland that it overlaps most; two predictions on one gland count once. dice, iou and hausdorff (pixels) are
+    area-weighted means: over the glands, each with the prediction that it overlaps most, and over the predictions,
+    each with the gland that it overlaps most; then the mean of both. Raises InputError as `accuracy_pixel_level` does.
     """
     return gland_scores_of(overlap_table(pred, gt))
 
 
 def gland_scores_of(table):
-    """`gland_accuracy_object_level` of an `OverlapTable` with its maps."""
+    """`gland_accuracy_object_level` from an `OverlapTable` with its maps."""
     table = _without_small_gt(table, MIN_GLAND_AREA)
     if table.n_pred == table.n_gt == 0:
         return GlandScores(1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
@@ -365,7 +387,7 @@ def gland_scores_of(table):
     found = np.unique(table.gt[pred_pairs[covers_half]])
 
     pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
-    distance = np.full(len(table.iou), np.nan)                # of the pairs that count, which are often in both lists
+    distance = np.full(len(table.iou), np.nan)                # computed once for pairs that are in both lists
     pairs = np.union1d(pred_pairs, gt_pairs)
     distance[pairs] = hausdorff_distances(pred_shapes, table.pred[pairs], gt_shapes, table.gt[pairs])
     gt_means = _gland_means(gt_shapes, pred_shapes, table.gt[gt_pairs], table.iou[gt_pairs], distance[gt_pairs])
@@ -375,28 +397,28 @@ def gland_scores_of(table):
 
 
 def standard_metrics(pred, gt):
-    """The measures that other papers report: dict of aji, aji_plus, aji_fullnet, pq, dq, sq, f1, ap50, map, dice.
+    """The metrics that other papers report: dict of aji, aji_plus, aji_fullnet, pq, dq, sq, f1, ap50, map, dice.
 
-    pred, gt: integer or bool (H, W), 0 = background; their 8-connected regions are the objects.
-    aji: every ground-truth object with its best-IoU prediction (MoNuSeg). aji_plus: one-to-one, largest summed IoU.
-    aji_fullnet: the pairs of `nuclei_accuracy_object_level`. Of the pairs with IoU > 0.5: dq = f1 = 2 TP / (objects
-    in both maps), sq = mean IoU, pq = dq * sq. ap50, map: TP / (TP + FP + FN), TP one-to-one at IoU >= t; map is
-    the mean over t = 0.50, 0.55, ..., 0.95. dice: of the foreground pixels.
-    Raises InputError on arrays that do not fit.
+    pred, gt: integer or bool (H, W), 0 = background; the objects are their 8-connected regions of one value.
+    aji: each ground-truth object with the prediction of highest IoU (MoNuSeg). aji_plus: the one-to-one pairs of
+    largest summed IoU. aji_fullnet: the pairs of `nuclei_accuracy_object_level`.
+    dq = f1 = 2 TP / (objects in both maps), with TP pairs of IoU > 0.5; sq = their mean IoU; pq = dq * sq.
+    ap50: TP / (TP + FP + FN), with TP one-to-one pairs of IoU >= 0.5; map: its mean over the thresholds
+    0.50, 0.55, ..., 0.95. dice: of the foreground pixels. Raises InputError as `accuracy_pixel_level` does.
     """
     return standard_metrics_of(overlap_table(pred, gt))
 
 
 def standard_metrics_of(table):
-    """`standard_metrics` of an `OverlapTable`."""
+    """`standard_metrics` from an `OverlapTable`; its maps are not needed."""
     n_objects = table.n_pred + table.n_gt
     if n_objects == 0:
         return dict.fromkeys(('aji', 'aji_plus', 'aji_fullnet', 'pq', 'dq', 'sq', 'f1', 'ap50', 'map', 'dice'), 1.0)
-    # IoU > 0.5 makes pairs one-to-one by itself
+    # pairs with IoU > 0.5 are always one-to-one
     matched_iou = table.iou[table.iou > 0.5]
     dq = 2 * len(matched_iou) / n_objects
     sq = float(matched_iou.mean()) if len(matched_iou) else 0.0
-    # IoU = 0.5 does not (both halves of an object): the best free pair goes first
+    # pairs with IoU = 0.5 need not be (two halves of an object), so the pairs of highest IoU are taken first
     one_to_one_iou = table.iou[_one_to_one(table, np.lexsort((table.pred, table.gt, -table.iou)))]
     true_positives = np.array([np.sum(one_to_one_iou >= percent / 100) for percent in range(50, 100, 5)])
     ap = true_positives / (n_objects - true_positives)
@@ -426,7 +448,7 @@ class OverlapTable(NamedTuple):
 
 
 def pool(tables):
-    """One `OverlapTable`, without maps, of the objects of several images, as if these were one large image."""
+    """Join the `OverlapTable`s of several images, as if these were one large image. The result has no maps."""
     n_pred, n_gt = (np.cumsum([0] + [getattr(table, name) for table in tables]) for name in ('n_pred', 'n_gt'))
     areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)])
              for name in ('pred_area', 'gt_area')]
@@ -438,9 +460,9 @@ def pool(tables):
 
 
 def match_objects(pred, gt):
-    """{id in pred: (id in gt, IoU)}: one-to-one, the pairs of highest IoU first. pred, gt: int (H, W) label maps.
+    """Match the objects of two label maps one-to-one, pairs of highest IoU first. pred, gt: int (H, W), 0 = background.
 
-    Objects are what has one id, in however many pieces.
+    All pixels of one id are one object, also in several pieces. Returns {id in pred: (id in gt, IoU)}.
     """
     (pred_map, _, pred_ids), (gt_map, _, gt_ids) = map(segmentation.relabel_sequential, (pred, gt))
     table = _table(pred_map, np.bincount(pred_map.ravel()), gt_map, np.bincount(gt_map.ravel()))
@@ -449,10 +471,10 @@ def match_objects(pred, gt):
 
 
 def overlap_table(pred, gt):
-    """`OverlapTable` of the 8-connected regions of equal value of two label maps.
+    """The `OverlapTable` of two label maps. Objects are their 8-connected regions of one value.
 
-    pred, gt: integer or bool (H, W), 0 = background, ids in any order and with gaps. Raises InputError on arrays that
-    do not fit.
+    pred, gt: integer or bool (H, W), 0 = background; ids may have any order and gaps. Raises InputError as
+    `accuracy_pixel_level` does.
     """
     (pred_map, pred_area), (gt_map, gt_area) = map(_regions, _checked(pred, gt, '(H, W)'))
     return _table(pred_map, pred_area, gt_map, gt_area)
@@ -462,7 +484,7 @@ def _table(pred_map, pred_area, gt_map, gt_area):
     """`OverlapTable` of two maps whose objects are numbered without gaps, and their areas."""
     both = (pred_map > 0) & (gt_map > 0)
     codes = gt_map[both].astype(np.int64) * len(pred_area) + pred_map[both]
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # of runs: far fewer to sort than pixels
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # starts of runs; sorting runs is faster than pixels
     codes, runs = np.unique(codes[starts], return_inverse=True)
     intersection = np.bincount(runs, np.diff(starts, append=np.count_nonzero(both)), len(codes)).astype(int)
     gt_ids, pred_ids = np.divmod(codes, len(pred_area))
@@ -472,7 +494,10 @@ def _table(pred_map, pred_area, gt_map, gt_area):
 
 
 def _regions(labels):
-    """Regions of equal value, int32 (H, W), numbered by their first pixel; their areas, (n + 1,), [0] is 0."""
+    """Regions of equal value, int32 (H, W), numbered in raster order of their first pixel, and areas (n + 1,).
+
+    The area of the background, [0], is set to 0.
+    """
     regions = measure.label(labels, background=0, connectivity=2).astype(np.int32)
     area = np.bincount(regions.ravel())
     area[0] = 0
@@ -480,8 +505,8 @@ def _regions(labels):
 
 
 def _without_small_gt(table, min_area):
-    """The table without the ground-truth objects under `min_area` pixels; the others are renumbered."""
-    keep = table.gt_area >= min_area                          # [0], of area 0, is not an object
+    """The table without ground-truth objects under `min_area` pixels; the others are renumbered without gaps."""
+    keep = table.gt_area >= min_area                          # the background, [0], has the area 0
     new_id = np.cumsum(keep, dtype=np.int32) * keep
     pairs = keep[table.gt]
     return table._replace(gt_map=new_id[table.gt_map], n_gt=int(keep.sum()), gt_area=np.append(0, table.gt_area[keep]),
@@ -490,7 +515,7 @@ def _without_small_gt(table, min_area):
 
 
 def _checked(pred, gt, axes):
-    """Both as arrays; InputError unless they are non-negative integers of one shape with these axes."""
+    """Both as arrays. Raises InputError unless both hold non-negative integers and have one shape with these axes."""
     pred, gt = np.asarray(pred), np.asarray(gt)
     for name, array in (('prediction', pred), ('ground truth', gt)):
         if array.dtype.kind not in 'bui':
@@ -510,20 +535,23 @@ def _detection_scores(tp, table):
 
 
 def _aji(table, pairs):
-    """Sum of intersections / (sum of unions + areas of the objects in no pair). pairs: indices into the table."""
+    """Aggregated Jaccard index: sum of intersections / (sum of unions + areas of the objects in no pair).
+
+    pairs: indices of pairs in the table.
+    """
     alone = (table.gt_area.sum() - table.gt_area[np.unique(table.gt[pairs])].sum()
              + table.pred_area.sum() - table.pred_area[np.unique(table.pred[pairs])].sum())
     return float(table.intersection[pairs].sum() / (table.union[pairs].sum() + alone))
 
 
 def _best_pairs(objects, score, partners):
-    """Index of each object's pair of highest score, on a tie the one of the lowest partner; in order of objects."""
+    """For each object, in order, the index of its pair of highest score; on a tie, the pair of the lowest partner."""
     order = np.lexsort((partners, -score, objects))
     return order[np.unique(objects[order], return_index=True)[1]]
 
 
 def _one_to_one(table, order):
-    """Those of the pairs, taken in `order`, of which both objects are still free."""
+    """Go through the pairs in `order`, and keep those whose objects are both still free. Returns their indices."""
     gt_taken, pred_taken, pairs = set(), set(), []
     for i, gt, pred in zip(order.tolist(), table.gt[order].tolist(), table.pred[order].tolist()):
         if gt not in gt_taken and pred not in pred_taken:
@@ -534,15 +562,19 @@ def _one_to_one(table, order):
 
 
 def _published_pairs(table):
-    """In raster order each ground-truth object takes the free prediction of highest IoU, the first on a tie."""
+    """The published pairs: in raster order, each ground-truth object takes the free prediction of highest IoU.
+
+    On a tie it takes the prediction that comes first in raster order.
+    """
     return _one_to_one(table, np.lexsort((table.pred, -table.iou, table.gt)))
 
 
 def _largest_iou_sum_pairs(table):
-    """The one-to-one pairs with the largest summed IoU.
+    """The one-to-one pairs with the largest summed IoU, by solving an assignment problem.
 
-    A sparse assignment problem, in which each ground-truth object may also take a partner of its own that stands for
-    "none". The 1 added to every weight (a sparse matrix has no zeros) is in all sums alike: all get a partner.
+    SciPy's solver gives every ground-truth object a partner. So each may also take a dummy partner of IoU 0, which
+    means "no partner". All weights are 1 + IoU, because a sparse matrix stores no zeros. The 1 changes no comparison:
+    it is added once for each ground-truth object.
     """
     if len(table.iou) == 0:
         return np.array([], dtype=int)
@@ -558,10 +590,10 @@ def _largest_iou_sum_pairs(table):
 
 
 def _gland_means(own_shapes, other_shapes, own, iou, distance):
-    """Area-weighted means, (3,) dice, iou, hausdorff, over all objects of one map; 0 if it has none.
+    """Area-weighted means over all objects of one map: float (3,) dice, iou, hausdorff; 0 without objects.
 
-    own: (n,) the objects that have a partner; iou, distance: IoU and Hausdorff distance of each with its partner. The
-    remaining objects have dice and iou 0 and the smallest Hausdorff distance to any object of the other map.
+    own: int (n,), the objects with a partner. iou, distance: (n,), IoU and Hausdorff distance to the partner. An object
+    without partner has dice and iou 0, and the smallest Hausdorff distance to any object of the other map.
     """
     n_objects = len(own_shapes.area)
     if n_objects == 0:

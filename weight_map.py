@@ -1,4 +1,4 @@
-"""Weight maps: pixels between close objects count more in the loss (the published code's MATLAB script).
+"""Weight maps, which make pixels between close objects count more in the loss (published as a MATLAB script).
 
     python weight_map.py --label-dir DIR --save-dir DIR [--sigma 5] [--w0 10] [--binary-labels True]
 
@@ -19,23 +19,24 @@ from support.pictures import find_edges
 from support.script import InputError, Parser, run_script
 
 W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; `encode_weight_map` adds 1
-NEGLIGIBLE = 1e-4     # weights below this may be stored as less than they are; 8 bits resolve 0.05
+NEGLIGIBLE = 1e-4     # smaller weights may come out too small, which 8 bits, in steps of 0.05, do not show
 
 
 def weight_map(instance_label, w0=W0, sigma=5.0):
-    """w = w0 * exp(-(d1 + d2)^2 / (2 sigma^2)), as in U-Net, from an instance label.
+    """The weight map of an instance label: w = w0 * exp(-(d1 + d2)^2 / (2 sigma^2)), as in U-Net.
 
-    instance_label: int (H, W), 0 = background, one positive id per object. d1 and d2 are the Euclidean distances in
-    pixels from a pixel to the nearest and second nearest object's boundary (`object_boundaries`): 0 on a boundary,
-    positive inside an object as well as outside. w0: the largest weight. sigma: pixels; 5 for MultiOrgan nuclei,
-    20 for GlaS glands. Returns float64 (H, W) in [0, w0]; all 0 with fewer than two objects. The result is exact
-    where w >= NEGLIGIBLE; elsewhere it lies between 0 and the exact value. Raises InputError for w0 < 0 or sigma <= 0.
+    d1 and d2 are the Euclidean distances, in pixels, from a pixel to the boundaries (`object_boundaries`) of the
+    nearest and the second nearest object. They are 0 on a boundary, and positive inside objects as well as outside.
+    instance_label: int (H, W), 0 = background, one positive id per object. w0: the largest weight. sigma: pixels; 5 for
+    MultiOrgan nuclei, 20 for GlaS glands. Returns float64 (H, W) in [0, w0]; all 0 with fewer than two objects. The
+    result is exact where w >= NEGLIGIBLE; elsewhere it is between 0 and the exact value. Raises InputError for w0 < 0
+    or sigma <= 0.
 
-    d1 and d2 come from a few distance transforms of the whole image instead of one per object. Objects are numbered so
-    that any two close enough to matter differ. For one binary digit of the numbers, let D0 and D1 be the distances
-    to the objects with that digit 0 and 1: then d1 = min(D0, D1), and max(D0, D1) is the distance to some object
-    other than the nearest. The second nearest differs from the nearest in at least one digit, so
-    d2 = min over the digits of max(D0, D1).
+    A distance transform for each object would be slow. Instead, objects get numbers, such that any two objects close
+    enough to matter have different numbers. Each binary digit of the numbers needs two distance transforms: D0 and D1,
+    the distances to the objects whose digit is 0 and 1. Then d1 = min(D0, D1), and max(D0, D1) is the distance to an
+    object other than the nearest. The second nearest object differs from the nearest in at least one digit, so
+    d2 is the minimum of max(D0, D1) over the digits.
     """
     instance_label = np.asarray(instance_label)
     if not (math.isfinite(w0) and w0 >= 0 and math.isfinite(sigma) and sigma > 0):
@@ -44,10 +45,11 @@ def weight_map(instance_label, w0=W0, sigma=5.0):
     if len(boxes) < 2:
         return np.zeros(instance_label.shape)
 
-    # d1 + d2 >= the distance between the two objects, so objects further apart than `reach` may share a number.
+    # d1 + d2 is at least the distance between the two objects. If that exceeds `reach`, w is negligible, and the two
+    # objects may have the same number.
     reach = sigma * math.sqrt(2 * math.log(max(w0 / NEGLIGIBLE, 1)))
     numbers = _numbers_distinct_within(reach, boxes)
-    if numbers.max() == 0:                                                # no two objects within reach of each other
+    if numbers.max() == 0:                                                # no two objects are within reach
         return np.zeros(instance_label.shape)
     numbers = np.concatenate([[-1], numbers])[boundary]                   # (H, W), -1 where there is no boundary
     d1 = d2 = np.iinfo(np.int64).max                                      # squared until the last line
@@ -60,25 +62,25 @@ def weight_map(instance_label, w0=W0, sigma=5.0):
 
 
 def encode_weight_map(w):
-    """The 8-bit form of a weight map, uint8 (H, W): round((w + 1) * 20), saturated at 255.
+    """Encode a weight map, float (H, W), as uint8 (H, W): round((w + 1) * 20), at most 255.
 
-    Halves are rounded up, as MATLAB's uint8() does. Training divides by 20, so a pixel's weight is 1 ... 11.
+    Halves are rounded up, as MATLAB's uint8() does. `decode_weight_map` gives the weights 1 to 11 of training.
     """
     return np.minimum(np.floor((np.asarray(w, np.float64) + 1) * 20 + 0.5), 255).astype(np.uint8)
 
 
 def decode_weight_map(stored):
-    """The weights of the loss, float of 1 to 11, from the 8-bit form: stored / 20. A tensor or array of any shape."""
+    """Decode an encoded weight map, a tensor or array of any shape: stored / 20, the weights 1 to 11 of the loss."""
     return stored / 20
 
 
 def object_boundaries(instance_label):
-    """The outer boundary of every object, as MATLAB's bwboundaries(object, 'noholes'){1} traces it.
+    """The outer boundary of each object, as MATLAB's bwboundaries(object, 'noholes'){1} traces it.
 
-    It consists of the object's pixels that have a 4-neighbour outside the filled object or lie on the image border.
-    Of an object in several 8-connected pieces only the first in column-major order has a boundary; holes have none.
-    instance_label: int (H, W). Returns `boundary`, int32 (H, W): 0, or the object's index counted from 1, and
-    `boxes`, int (N, 4): first row, last row, first column, last column of the objects, in that order.
+    It consists of the object's pixels that have a 4-neighbour outside the filled object, or lie on the image border.
+    Holes have no boundary. Of an object in several 8-connected pieces, only the first piece in column-major order has
+    one. instance_label: int (H, W). Returns `boundary`, int32 (H, W), which holds the number of the object, from 1, on
+    its boundary and 0 elsewhere, and `boxes`, int (N, 4): first row, last row, first column, last column of each.
     """
     pieces = first_pieces(instance_label)
     slices = ndimage.find_objects(pieces)
@@ -91,9 +93,9 @@ def object_boundaries(instance_label):
 
 
 def first_pieces(instance_label):
-    """Keep of each object the 8-connected piece that comes first in column-major order.
+    """Keep only the first 8-connected piece, in column-major order, of each object.
 
-    instance_label: int (H, W) with any ids. Returns int32 (H, W), 0 or the object's number, 1 to N without gaps.
+    instance_label: int (H, W) with any ids. Returns int32 (H, W), 0 = background, objects numbered 1 to N.
     """
     by_column = np.ascontiguousarray(np.asarray(instance_label).T)
     pieces = connected_regions(by_column, background=0, connectivity=2)   # numbered in the order of their first pixels
@@ -106,9 +108,9 @@ def first_pieces(instance_label):
 
 
 def _numbers_distinct_within(reach, boxes):
-    """Number N objects from 0, int (N,), so that two whose boxes are within `reach` pixels never share a number.
+    """Number N objects from 0, int (N,), such that two whose boxes are within `reach` pixels have different numbers.
 
-    Greedy: each object takes the lowest number that no earlier object near it has.
+    boxes: of `object_boundaries`. Each object takes the lowest number that no earlier object near it has.
     """
     top, bottom, left, right = boxes.T
     numbers = np.zeros(len(boxes), int)
@@ -122,7 +124,7 @@ def _numbers_distinct_within(reach, boxes):
 
 
 def _squared_distance_to(mask):
-    """Squared Euclidean distance from each pixel to the nearest True pixel of `mask` (H, W), int64; 0 on it."""
+    """Squared Euclidean distance from each pixel to the nearest True pixel of a bool mask (H, W): int64 (H, W)."""
     y, x = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     y -= np.arange(mask.shape[0], dtype=y.dtype)[:, None]
     x -= np.arange(mask.shape[1], dtype=x.dtype)
@@ -138,8 +140,8 @@ def create_weight_maps(label_dir, save_dir, sigma=5.0, w0=W0, binary_labels=Fals
     """Write `{save_dir}/{name}_weight.png` (8-bit grey, `encode_weight_map`) for every instance label in a folder.
 
     `Breast_1.png` and `Breast_1_label.png` give `Breast_1_weight.png`; `train_8_anno.bmp` gives
-    `train_8_anno_weight.png`. Labels must be of whole images, not patches: an object beyond a patch's edge counts.
-    Raises InputError for a missing or empty folder and for what is not an instance label.
+    `train_8_anno_weight.png`. The labels must be of whole images, because an object beyond the edge of a patch counts
+    too. Raises InputError for a missing or empty folder, and for a file that is not an instance label.
     """
     refuse_same_folder(label_dir, save_dir)
     for name, path in tqdm(labels_by_name(label_dir).items(), desc='weight maps', disable=None):

@@ -1,4 +1,5 @@
-"""How words of the command line become options."""
+"""The command line: how its words become options, and --help."""
+import argparse
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Callable, NamedTuple
 from support.files import results_folder, run_of, write_text
 from support.script import InputError, Parser, expand_home
 
-PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # empty only if left out
+PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # '' is refused on the command line
 
 
 class by_dataset(NamedTuple):
@@ -17,19 +18,19 @@ class by_dataset(NamedTuple):
 
 
 class Option(NamedTuple):
-    """default value, how a word of the command line becomes a value, what it means, and what is allowed."""
+    """One option: its default, what it means, and which values are allowed."""
     default: Any
-    parse: Callable
+    parse: Callable                  # turns a word of the command line into a value; raises ValueError
     help: str
-    choices: tuple = ()
+    choices: tuple = ()              # allowed values; () = any
     at_least: float = None           # smallest allowed value
     below: float = None              # allowed values are smaller than this
-    many: bool = False               # takes one or more words, parsed together
+    many: bool = False               # takes one or more words, which are parsed together
     flags: tuple = ()                # further names on the command line
 
 
 def boolean(word):
-    """True or False (published `--save-flag False` was true)."""
+    """'true', 'yes', '1' -> True; 'false', 'no', '0' -> False. (In the published code `--save-flag False` was true.)"""
     values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
     if word.lower() not in values:
         raise ValueError('expected True or False')
@@ -37,7 +38,7 @@ def boolean(word):
 
 
 def tta_mode(word):
-    """full / flips / none; True and False are full and none."""
+    """'full', 'flips' or 'none'; True means full and False means none, as published."""
     word = word.lower()
     word = {'true': 'full', 'false': 'none'}.get(word, word)
     if word not in ('full', 'flips', 'none'):
@@ -46,7 +47,10 @@ def tta_mode(word):
 
 
 def gpu_list(words):
-    """`01`, `0,1` and `0 1` are GPUs 0 and 1; `10,11` is 10 and 11; `cpu` is none; `auto` the best device there is."""
+    """The GPUs in a list of words, list of int: `01`, `0,1` and `0 1` are [0, 1]; `10,11` is [10, 11]; `cpu` is [].
+
+    `auto` stays 'auto'.
+    """
     text = ' '.join(words)
     if text in ('auto', 'cpu'):
         return 'auto' if text == 'auto' else []
@@ -59,17 +63,19 @@ def gpu_list(words):
 
 
 def workers_count(word):
-    """A number of processes, or `auto`."""
+    """A number of processes, int, or 'auto'."""
     if word != 'auto' and not word.isdigit():
         raise ValueError('expected a whole number of at least 0, or auto')
     return word if word == 'auto' else int(word)
 
 
 def int_tuple(words):
+    """Whole numbers, separated by spaces or commas, as a tuple of int."""
     return tuple(int(word) for word in ' '.join(words).replace(',', ' ').split())
 
 
 def numbers(count, kind=float):
+    """A parser of exactly `count` numbers: a tuple of `kind`, or a single value if `count` is 1."""
     def parse(words):
         values = tuple(kind(word) for word in ' '.join(words).replace(',', ' ').split())
         if len(values) != count:
@@ -79,6 +85,7 @@ def numbers(count, kind=float):
 
 
 def points_and_sigma(words):
+    """The values of random_elastic: number of mesh points along a side, int, and sigma in pixels, float."""
     points, sigma = numbers(2)(words)
     if not points.is_integer():
         raise ValueError('expected a whole number of points and a sigma')
@@ -86,6 +93,7 @@ def points_and_sigma(words):
 
 
 def float_pair(words):
+    """Two numbers LO < HI, as a tuple of float."""
     values = tuple(float(word) for word in ' '.join(words).replace(',', ' ').split())
     if len(values) != 2 or not values[0] < values[1]:
         raise ValueError('expected two numbers LO HI with LO < HI')
@@ -93,11 +101,13 @@ def float_pair(words):
 
 
 def show(value):
+    """The value of an option as it is written on the command line."""
     if isinstance(value, (tuple, list)):
-        return ' '.join(str(v) for v in value) or 'cpu'
+        return ' '.join(str(v) for v in value) or ('cpu' if value == [] else "''")           # [] is of --gpu
     return 'none' if value is None else str(value) if value != '' else "''"
 
 
+METAVARS = {int: 'N', int_tuple: 'N', float: 'X', boolean: 'BOOL', str: 'TEXT', gpu_list: 'GPU'}          # in --help
 TRANSFORM_PARSERS = {                 # in the order in which transforms are applied
     'scale': numbers(1, int),
     'random_resize': numbers(2),
@@ -114,7 +124,10 @@ TRANSFORM_PARSERS = {                 # in the order in which transforms are app
 
 
 def set_transform(transforms, name, value):
-    """A copy of the ordered dict `transforms` with `name` set in its usual place, or removed if `value` is None."""
+    """A copy of the dict `transforms` with `name` set to `value`, or without it if `value` is None.
+
+    A new name goes to its place in the order of TRANSFORM_PARSERS.
+    """
     if name in transforms or value is None:
         changed = {**transforms, name: value}
         return {key: changed[key] for key in changed if changed[key] is not None}
@@ -125,11 +138,11 @@ def set_transform(transforms, name, value):
 
 
 class CommandLine:
-    """The option groups of one script as dictionaries: `opt.train['lr']`, ...; a subclass has the tables.
+    """The option groups of one script as dictionaries, such as `opt.train['lr']`. options.py passes the tables.
 
-    script: train, test or prepare. dataset_option: the Option of the data set, given as one of `dataset_flags`. groups:
-    {group: {name: Option}}. transforms: {split: by_dataset of {name: value}}. `given` holds the (group, name) of what
-    came from the command line.
+    script: train, test or prepare. dataset_option: the Option of the data set, whose flags are `dataset_flags`.
+    groups: {group: {name: Option}}. transforms: {split: by_dataset of {name: value}}. After `parse`, `given` is the set
+    of (group, name) that the command line set; the group of a transform is `transform.train`, for example.
     """
 
     def __init__(self, script, dataset_option, groups, transforms, dataset_flags=('--dataset',)):
@@ -139,10 +152,13 @@ class CommandLine:
         self.given = set()
 
     def check(self):
-        """What a subclass knows of its options: raises InputError for values that are not allowed."""
+        """Raise InputError for combinations of values that are not allowed. A subclass overrides this."""
 
     def parse(self, argv=None):
-        """Read the command line (`sys.argv` if `argv` is None) over the defaults; returns self."""
+        """Read the command line, by default sys.argv; options that it does not set have their defaults. Returns self.
+
+        Raises InputError for unknown options and values that are not allowed.
+        """
         first = Parser(add_help=False, prog=self.program, allow_abbrev=False)
         first.add_argument(*self.dataset_flags, dest='dataset', choices=by_dataset._fields)
         dataset = first.parse_known_args(argv)[0].dataset
@@ -183,8 +199,9 @@ class CommandLine:
                 for group, options in self.groups.items()}
 
     def _parser(self, defaults):
-        parser = Parser(prog=self.program, allow_abbrev=False,
-                        description=f'Options of {self.program}; defaults in options.py.')
+        parser = Parser(prog=self.program, allow_abbrev=False, usage=f'python {self.program} [--option value ...]',
+                        description='Defaults are in brackets; they come from options.py.',
+                        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28))
         parser.add_argument(*self.dataset_flags, dest='dataset', default=self.dataset_option.default,
                             choices=by_dataset._fields, help=self.dataset_option.help)
         for group, options in self.groups.items():
@@ -195,15 +212,22 @@ class CommandLine:
                     dict(nargs='?', const='True') if option.parse is boolean else {}            # --amp means --amp True
                 text = f'{option.help}{choices} [{show(defaults[group][name])}]'.replace('%', '%%')
                 section.add_argument('--' + name.replace('_', '-'), *option.flags, dest=f'{group}.{name}',
-                                     metavar=name.upper(), help=text, **words)
-        for split in self.transforms:
-            section = parser.add_argument_group(f'transform.{split}',
-                                                'as in TRANSFORM of options.py; `none` removes one')
-            now = getattr(self.transforms[split], self.dataset)
-            for name in TRANSFORM_PARSERS:
-                section.add_argument(f'--transform.{split}.{name}', nargs='+', metavar='VALUE',
-                                     help=f'[{show(now.get(name, "none"))}]')
+                                     metavar=METAVARS.get(option.parse, 'VALUE'), help=text, **words)
+        if self.transforms:
+            self._add_transforms(parser)
         return parser
+
+    def _add_transforms(self, parser):
+        """Add the flags of all transforms. --help shows one paragraph instead of a line for each."""
+        text = (f'--transform.SPLIT.NAME VALUE sets a transform, and the value none removes it. '
+                f'NAME is one of {", ".join(TRANSFORM_PARSERS)}.')
+        for split in self.transforms:
+            values = getattr(self.transforms[split], self.dataset)
+            text += f' Defaults of {split}: {", ".join(f"{name} {show(value)}" for name, value in values.items())}.'
+        section = parser.add_argument_group('transform', text)
+        for split in self.transforms:
+            for name in TRANSFORM_PARSERS:
+                section.add_argument(f'--transform.{split}.{name}', nargs='+', help=argparse.SUPPRESS)
 
     @staticmethod
     def _convert(name, option, given):
@@ -232,16 +256,17 @@ class CommandLine:
                 crop['random_crop'] = self.train['input_size']
         if self.script == 'test' and ('test', 'img_dir') in self.given and ('test', 'label_dir') not in self.given:
             self.test['label_dir'] = ''
-        # without --save-dir, a run that is resumed and the results of a checkpoint stay in its run folder
+        # without --save-dir, a resumed run and the results of a test go into the run folder of the checkpoint
         if self.script == 'train' and ('train', 'save_dir') not in self.given:
             self.train['save_dir'] = run_of(self.train['checkpoint']) or self.train['save_dir']
         if self.script == 'test' and ('test', 'model_path') in self.given and ('test', 'save_dir') not in self.given:
             self.test['save_dir'] = results_folder(self.test['model_path'], self.dataset)
 
     def _run_number(self, epoch):
-        """Training takes the next free number in ./experiments/{dataset}, testing the newest that has the checkpoint.
+        """The number of the run folder in ./experiments/{dataset}.
 
-        Where none has it, the newest; 1 if there is none.
+        Training takes the next free number. Testing takes the newest run that has the checkpoint of `epoch`, else the
+        newest run, else 1.
         """
         folder = Path('experiments') / self.dataset
         numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
@@ -284,17 +309,18 @@ class CommandLine:
                     raise InputError(f'{flag} is {show(value)}; expected at least 1 point and a sigma of at least 0')
             if transforms.get('to_tensor') != 1:
                 raise InputError(f'--transform.{split}.to_tensor is {transforms.get("to_tensor", "none")}; expected 1: '
-                                 f'the image becomes numbers, weight map and label stay whole numbers')
+                                 f'only the image becomes float, not the weight map and the label')
             if 'label_encoding' not in transforms and split != 'test':
-                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: losses need classes')
+                raise InputError(f'--transform.{split}.label_encoding is none; expected a radius: the loss needs '
+                                 f'classes')
 
     def as_dict(self):
-        """All groups in one nested dict of plain values, for JSON."""
+        """All groups in one nested dict of plain values, as it is stored in checkpoints and JSON."""
         return {'dataset': self.dataset, **{group: getattr(self, group) for group in self.groups},
                 'transform': self.transform}
 
     def describe(self):
-        """All options as text, one per line; changed ones are marked with their default."""
+        """All options as text, one per line. An option that differs from its default shows the default too."""
         lines = [f'dataset: {self.dataset}']
         defaults = self._defaults()
         for group, options in self.groups.items():
@@ -316,6 +342,6 @@ class CommandLine:
         return '\n'.join(lines) + '\n'
 
     def save(self, folder):
-        """Write `{script}_options.txt` and the same as JSON into `folder`."""
+        """Write {script}_options.txt and {script}_options.json into `folder`."""
         write_text(Path(folder) / f'{self.script}_options.txt', self.describe())
         write_text(Path(folder) / f'{self.script}_options.json', json.dumps(self.as_dict(), indent=1) + '\n')

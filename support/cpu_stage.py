@@ -8,21 +8,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# Mode 'auto' leaves to the modules what is smaller than this. Not for speed: there the sums round as in the published
-# code, whose golden gradients at 64 x 64 are further from float64 than the fast path's.
+# Mode 'auto' uses the modules for smaller inputs. The reason is not speed: the modules round as the published code
+# does, and tests compare 64 x 64 inputs with its golden gradients. (The fast path's are closer to those in float64.)
 MIN_PIXELS = 80 * 80
-MIN_GROWTH_RATE = 16    # narrower networks go to the modules too: their matrix products are too small
-BAND_PIXELS = 10816     # an image is cut into bands of whole rows, the pieces of work that threads take
-STRIP_PIXELS = 2704     # a band is worked on in strips: few enough pixels for all intermediate results to stay in cache
+MIN_GROWTH_RATE = 16    # mode 'auto' uses the modules for narrower networks too: their matrix products are too small
+BAND_PIXELS = 10816     # a thread works on a band of whole rows with about so many pixels
+STRIP_PIXELS = 2704     # a band is computed in strips of about so many pixels: all intermediate results fit the cache
+# one layer or transition; batch_statistics: whether batch norm uses the moments of the batch; slope: of the LeakyReLU
 LayerSpec = namedtuple('LayerSpec', 'bn batch_statistics slope dilation drop_rate')
 
 
 def is_large(x):
+    """Whether images (B, C, H, W) have MIN_PIXELS pixels or more."""
     return x.shape[-2] * x.shape[-1] >= MIN_PIXELS
 
 
 def suits(stages, x):
-    """Whether `run` should compute a network's Stages of x. Raises ValueError if their mode is 'fast' and it cannot."""
+    """Whether `run` should compute the Stages of x. Raises ValueError if their mode is 'fast' and `run` cannot."""
     if stages.mode == 'plain':
         return False
     obstacle = obstacle_to_fast(stages, x)
@@ -32,14 +34,14 @@ def suits(stages, x):
 
 
 def is_worth_it(stages, x):
-    """Whether FastStage is likely no slower than the modules with channels last, or must save memory."""
+    """Whether FastStage is likely to be no slower than the modules, or is asked to save memory."""
     growth_rate = len(stages.block1.denselayer1.conv.conv.weight)
     wide = growth_rate >= MIN_GROWTH_RATE or stages.memory_efficient or stages.amp
     return is_large(x) and x.dtype == torch.float32 and wide
 
 
 def obstacle_to_fast(stages, x):
-    """Why FastStage cannot run this input, or None."""
+    """The reason why FastStage cannot compute this input, str, or None."""
     if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
         return 'it needs the CPU, without autocast'
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -59,15 +61,15 @@ def obstacle_to_fast(stages, x):
 
 
 def run(stages, x):
-    """All stages of a network, each pair of dense block and transition as one FastStage.
+    """Compute all stages of a network, each dense block with its transition as one FastStage.
 
-    Hooks on the modules inside are not called. memory_efficient: the features are computed again instead of kept for
-    the backward pass. amp: features, gradients and products in bfloat16.
+    Hooks on the modules inside are not called. stages.memory_efficient: recompute the features in the backward pass
+    instead of keeping them. stages.amp: features, gradients and products are bfloat16.
     """
     dtype = x.dtype
     for name, module in stages.named_children():
         if name.startswith('block'):
-            block = module                                        # runs together with its transition, which follows
+            block = module                                        # computed together with the transition after it
         elif name.startswith('trans'):
             x = run_fast(block, module, x, stages.memory_efficient, torch.bfloat16 if stages.amp else dtype)
         else:
@@ -76,7 +78,7 @@ def run(stages, x):
 
 
 def run_fast(block, transition, x, memory_efficient, dtype):
-    """transition(block(x)) by FastStage, as `dtype`. x: (B, C, H, W), contiguous or not, on the CPU."""
+    """transition(block(x)) by FastStage, computed and returned as `dtype`. x: (B, C, H, W) on the CPU, any layout."""
     specs, parameters = [], []
     for layer in (*block.children(), transition):
         conv_layer, drop_rate = (transition, 0) if layer is transition else (layer.conv, layer.drop_rate)
@@ -86,15 +88,15 @@ def run_fast(block, transition, x, memory_efficient, dtype):
     save = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     if save or any(spec.batch_statistics or spec.drop_rate for spec in specs):
         return FastStage.apply(x, specs, save, memory_efficient, dtype, *parameters)
-    # nothing couples the images of a batch: one at a time needs the memory of one
+    # the images of the batch are independent here, and one at a time needs less memory
     images = [FastStage.apply(image, specs, save, memory_efficient, dtype, *parameters) for image in x.split(1)]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
 class FastStage(torch.autograd.Function):
-    """A dense block of `n` basic layers (growth rate g) and its transition as one function with its own gradient.
+    """A dense block of `n` basic layers (growth rate g) and its transition, as one function with its own gradient.
 
-    The same numbers as the modules', up to rounding. What makes it fast, for one image of N = H * W pixels:
+    Its results are those of the modules, up to rounding. Why it is fast, for one image of N = H * W pixels:
 
     - All features of the block are the rows of one matrix X (C + n * g, N). Layer k reads the first c_k rows and
       writes the next g, so nothing is ever concatenated.
@@ -104,17 +106,17 @@ class FastStage(torch.autograd.Function):
           out(y, x) = sum over j of Y_j(y, x + j * dilation)
     - Backward, G9 (9 * g, N) holds nine shifted copies of the gradient of `out`, W9 (9 * g, c_k) the weights, and
           dX[:c_k] += W9^T G9        dW9 += G9 X[:c_k]^T
-      The first product adds to dX in place, so the gradients of features used by many layers need no extra additions.
-    - Y and G9 never exist as a whole: they are made and used in strips of a few rows that fit the cache.
-    - Each thread works on bands of rows of its own and meets the others only between the steps of a layer. The bands
-      do not depend on the number of threads, so neither do the results.
-    - Dropout takes four decisions from every 64-bit random number.
+      The first product adds to dX in place, so that features used by many layers need no separate additions.
+    - Y and G9 never exist as a whole. They are computed and used in strips of a few rows, which fit the cache.
+    - Each thread works on bands of rows, and threads wait for each other only between the steps of a layer. The bands,
+      and so the results, do not depend on the number of threads.
+    - Dropout makes four decisions from each 64-bit random number.
 
-    Kept for the backward pass: X, what comes out of each LeakyReLU (it gives the sign of its input too), and dropout's
-    masks as bytes. With `memory_efficient` X and the transition are computed again from the block's input and the rest,
-    which costs no 3x3 convolution.
+    Kept for the backward pass: X, the output of each LeakyReLU (its sign is that of the input too), and the dropout
+    masks as bytes. With `memory_efficient`, X and the transition's output are recomputed from the block's input and the
+    other two, which needs no 3x3 convolution.
 
-    In bfloat16 every tensor of (B, C, H, W) is kept and multiplied as such; moments and parameters stay in float32.
+    With dtype bfloat16, all tensors (B, C, H, W) are bfloat16; moments and parameters stay float32.
     """
 
     @staticmethod
@@ -125,7 +127,7 @@ class FastStage(torch.autograd.Function):
         with Workers() as workers:
             features = copy_channels(x, weights[-1].shape[1], dtype, workers)
             for spec, weight, gamma, beta in zip(specs[:-1], weights, gammas, betas):
-                if not (save or spec.batch_statistics or spec.drop_rate):       # testing: nothing to wait for or keep
+                if not (save or spec.batch_statistics or spec.drop_rate):       # testing: one pass is enough
                     rows = features[:, channels:channels + growth_rate]
                     conv3x3(features[:, :channels], weight, spec, workers, rows,
                             batch_norm_line(gamma, beta, spec.bn.running_mean, spec.bn.running_var, spec))
@@ -186,21 +188,21 @@ class FastStage(torch.autograd.Function):
 
 
 class Workers:
-    """Context in which as many Python threads as torch has threads share the work, torch's operations using one each.
+    """A context in which Python threads share the work, as many as torch uses. Inside, torch operations use one thread.
 
-    Threads that meet only after whole bands lose far less time to each other, and to other programs, than torch's own,
-    which meet in every operation.
+    These threads wait for each other only after whole bands. Torch's own threads wait in every operation, which costs
+    much more time, above all if other programs run too.
     """
 
     lock = threading.Lock()
-    active = 0          # contexts open now, in whatever thread
+    active = 0          # number of open contexts, of all threads
     pools = {}          # number of threads -> ThreadPoolExecutor
 
     def __enter__(self):
         with self.lock:
             if Workers.active == 0:
                 Workers.threads = torch.get_num_threads()
-            torch.set_num_threads(1)            # of this thread
+            torch.set_num_threads(1)            # holds for this thread
             Workers.active += 1
             if self.threads > 1 and self.threads not in self.pools:
                 self.pools[self.threads] = ThreadPoolExecutor(self.threads)
@@ -210,14 +212,14 @@ class Workers:
 
     def __exit__(self, *_):
         try:
-            wait(self.futures.copy())       # some may be left after an error
+            wait(self.futures.copy())       # after an error some may still run
         finally:
             with self.lock:
                 Workers.active -= 1
                 torch.set_num_threads(self.threads)
 
     def submit(self, function, *args):
-        """Start function(*args); returns a function that waits for its result."""
+        """Start function(*args) in a thread. Returns a function that waits for its result."""
         if self.threads == 1:
             result = function(*args)
             return lambda: result
@@ -227,13 +229,14 @@ class Workers:
         return future.result
 
     def call(self, function, *args):
-        # all three are settings of a thread
+        """function(*args), in a thread of the pool."""
+        # these three settings belong to a thread
         torch.set_num_threads(1)
         with torch.inference_mode(self.inference), torch.no_grad():
             return function(*args)
 
     def for_bands(self, function, shape):
-        """function(b, rows) for all bands of rows of a batch of this shape (B, C, H, W); the list of its results."""
+        """Call function(b, rows) for each band of rows of each image b. shape: (B, C, H, W). Returns the results."""
         batch, _, height, width = shape
         pending = [self.submit(function, b, rows) for b in range(batch)
                    for rows in split_rows(slice(0, height), width, BAND_PIXELS)]
@@ -241,11 +244,11 @@ class Workers:
 
 
 if hasattr(os, 'register_at_fork'):         # not on Windows
-    os.register_at_fork(after_in_child=Workers.pools.clear)     # a forked process has none of the threads
+    os.register_at_fork(after_in_child=Workers.pools.clear)     # threads do not survive a fork
 
 
 def split_rows(rows, width, pixels):
-    """Cut a slice of rows into nearly equal slices of about `pixels` pixels."""
+    """Cut a slice of rows into nearly equal slices of at most about `pixels` pixels each."""
     height = rows.stop - rows.start
     n = min(height, -(-height * width // pixels))
     edges = [rows.start + height * i // n for i in range(n + 1)]
@@ -253,7 +256,7 @@ def split_rows(rows, width, pixels):
 
 
 def copy_channels(x, channels, dtype, workers):
-    """(B, C, H, W) -> (B, channels, H, W) that starts with a copy of x; further channels are not initialised."""
+    """A new tensor (B, channels, H, W) whose first channels are a copy of x; the others are not initialised."""
     result = x.new_empty(len(x), channels, *x.shape[2:], dtype=dtype)
 
     def copy(b, rows):
@@ -263,9 +266,10 @@ def copy_channels(x, channels, dtype, workers):
 
 
 def conv3x3(features, weight, spec, workers, out=None, line=None):
-    """LeakyReLU(dilated 3x3 convolution) of features (B, c, H, W): (B, g, H, W), and its batch moments.
+    """LeakyReLU of the dilated 3x3 convolution of features (B, c, H, W).
 
-    line: (scale, shift), both (g, 1, 1), of a batch norm to put behind it. out: a view to write to.
+    out: a view (B, g, H, W) to write to, by default a new tensor. line: (scale, shift), both (g, 1, 1), of a batch norm
+    to apply too. Returns `out` and its mean and variance, of `batch_moments`.
     """
     batch, channels, height, width = features.shape
     growth_rate, d = len(weight), spec.dilation
@@ -282,7 +286,7 @@ def conv3x3(features, weight, spec, workers, out=None, line=None):
             y = buffer[:3 * growth_rate * n].view(3 * growth_rate, n)
             torch.mm(taps[1], matrix[:, strip.start * width:strip.stop * width], out=y)
             for i, shift in ((0, -d), (2, d)):
-                top, bottom = max(strip.start, -shift), min(strip.stop, height - shift)     # the others see no pixel
+                top, bottom = max(strip.start, -shift), min(strip.stop, height - shift)     # inside the image
                 if top < bottom:
                     y[:, (top - strip.start) * width:(bottom - strip.start) * width].addmm_(
                         taps[i], matrix[:, (top + shift) * width:(bottom + shift) * width])
@@ -300,9 +304,10 @@ def conv3x3(features, weight, spec, workers, out=None, line=None):
 
 
 def conv3x3_backward(features, weight, d, grad, grad_features, workers):
-    """Add to grad_features (B, c, H, W) and return the weight's gradient.
+    """Backward pass of the convolution in `conv3x3`.
 
-    grad: of the convolution's output, with d rows and columns of zeros around it, (B, g, H + 2d, W + 2d).
+    grad: gradient of its output, with d rows and columns of zeros around it, (B, g, H + 2d, W + 2d). The gradient of
+    the features is added to grad_features (B, c, H, W). Returns the gradient of the weight.
     """
     (channels, _, width), growth_rate = features.shape[1:], len(weight)
     w9 = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels).to(features.dtype)
@@ -327,7 +332,7 @@ def conv3x3_backward(features, weight, d, grad, grad_features, workers):
 
 
 def conv1x1(features, weight, spec, workers):
-    """LeakyReLU(1x1 convolution) of features (B, C, H, W): (B, out channels, H, W), and its batch moments."""
+    """LeakyReLU of the 1x1 convolution of features (B, C, H, W): (B, out channels, H, W), its mean and variance."""
     width, matrix = features.shape[3], weight.flatten(1).to(features.dtype)
     out = features.new_empty(len(features), len(weight), *features.shape[2:])
 
@@ -341,7 +346,7 @@ def conv1x1(features, weight, spec, workers):
 
 
 def conv1x1_backward(features, weight, grad, workers):
-    """Gradients of features, (B, C, H, W), and of the weight. grad: (B, out channels, H, W)."""
+    """Gradients of the features, (B, C, H, W), and of the weight. grad: of the output, (B, out channels, H, W)."""
     width = features.shape[3]
     grad_features = torch.empty_like(features)
     matrix = weight.flatten(1).to(features.dtype)
@@ -358,7 +363,7 @@ def conv1x1_backward(features, weight, grad, workers):
 
 
 def add_product(total, a, b):
-    """total += a b, where total may be more precise than a and b."""
+    """total += a b, a matrix product. total may have a more precise type than a and b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -366,7 +371,10 @@ def add_product(total, a, b):
 
 
 def moments(band, spec):
-    """Number of pixels, mean (g,) and sum of squared differences from it (g,) of a band (g, rows, W)."""
+    """Of a band (g, rows, W): number of pixels, mean (g,), and sum of squared differences from the mean (g,).
+
+    None if batch norm does not use the statistics of the batch.
+    """
     if spec.batch_statistics:
         band = band.to(spec.bn.weight.dtype)
         mean = band.mean((1, 2))
@@ -374,7 +382,10 @@ def moments(band, spec):
 
 
 def batch_moments(bands, spec):
-    """Mean and biased variance (g,) of a batch from its bands, which update the running ones; or the running ones."""
+    """Mean and biased variance (g,) of a batch, from the `moments` of its bands; updates the running moments.
+
+    If batch norm does not use the statistics of the batch: the running mean and variance.
+    """
     bn = spec.bn
     if not spec.batch_statistics:
         return bn.running_mean, bn.running_var
@@ -392,13 +403,16 @@ def batch_moments(bands, spec):
 
 
 def keep_threshold(drop_rate):
-    """How many of the 65536 values of a 16-bit number mean 'drop', and the probability of keeping."""
+    """How many of the 65536 values of a 16-bit number mean 'drop', int, and the probability of keeping, float."""
     dropped = round(drop_rate * 65536)
     return dropped, 1 - dropped / 65536
 
 
 def dropout_mask(shape, drop_rate):
-    """uint8, 1 = keep, or None. Four 16-bit decisions from each 64-bit number of torch's CPU generator."""
+    """A random mask, uint8 of this shape, 1 = keep; None without dropout.
+
+    Each 64-bit number of torch's CPU generator makes four decisions of 16 bits.
+    """
     dropped, _ = keep_threshold(drop_rate)
     if not dropped:
         return None
@@ -408,13 +422,13 @@ def dropout_mask(shape, drop_rate):
 
 
 def batch_norm_line(gamma, beta, mean, var, spec):
-    """scale and shift, (g, 1, 1), of a batch norm with these moments (g,)."""
+    """Batch norm with these moments, (g,), as scale * x + shift. Returns (scale, shift), both (g, 1, 1)."""
     scale = gamma * (var + spec.bn.eps).rsqrt()
     return scale[:, None, None], (beta - mean * scale)[:, None, None]
 
 
 def normalise(activation, mean, var, gamma, beta, spec, mask, out, workers):
-    """out = dropout(batch norm(activation)), all (B, g, H, W); out may be a view."""
+    """Write dropout(batch norm(activation)) into `out`, which may be a view. All are (B, g, H, W)."""
     keep = keep_threshold(spec.drop_rate)[1]
     scale, shift = (values / keep for values in batch_norm_line(gamma, beta, mean, var, spec))
 
@@ -428,9 +442,10 @@ def normalise(activation, mean, var, gamma, beta, spec, mask, out, workers):
 
 
 def normalise_backward(grad, activation, mean, var, gamma, spec, mask, padding, workers):
-    """Gradients of (LeakyReLU's input, gamma, beta) from that of normalise's out, all through `activation`.
+    """Backward pass of `normalise` and of the LeakyReLU before it.
 
-    The first has `padding` rows and columns of zeros around it: (B, g, H + 2 * padding, W + 2 * padding).
+    grad: gradient of normalise's output. Returns the gradients of the LeakyReLU's input, gamma and beta. The first has
+    `padding` rows and columns of zeros around it: (B, g, H + 2 * padding, W + 2 * padding).
     """
     batch, channels, height, width = activation.shape
     keep = keep_threshold(spec.drop_rate)[1]

@@ -1,4 +1,4 @@
-"""Finding the files of each data set, and what is said of them."""
+"""Find the files of each data set, split them, and report on a preparation."""
 import csv
 import json
 import re
@@ -30,35 +30,38 @@ MULTI_ORGAN_SPLIT = {
                   'Colon_TCGA-AY-A8YK-01A-01-TS1', 'Colon_TCGA-NH-A8F7-01A-01-TS1',
                   'Stomach_TCGA-KB-A93J-01A-01-TS1', 'Stomach_TCGA-RD-A8N9-01A-01-TS1'),
 }
-PUBLISHED_ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'                # image whose colours the others get
+PUBLISHED_ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'                # the image whose colours the others get
 SPLITS = ('train', 'val', 'test_same', 'test_diff', 'testA', 'testB')
 
 
 class Source(NamedTuple):
-    """One image of a data set with its instance label or annotation XML."""
-    name: str         # as in the prepared files
-    split: str        # train, val, test_same, test_diff, testA, testB
+    """One image of a data set and its annotation."""
+    name: str         # in the names of the prepared files
+    split: str        # train, val, test_same, test_diff, testA or testB
     image: Path
-    label: Path
+    label: Path       # instance label or annotation XML
 
 
 def find_sources(dataset, options):
-    """The Sources of the data set that the `prepare` options describe. Raises InputError if there is none."""
+    """The images that the options describe, list of Source. options: the group `prepare` of options.py.
+
+    To add a data set, write a function like `find_glas` and call it here. Raises InputError for missing files.
+    """
     if bool(options['img_dir']) != bool(options['label_dir']):
         given, other = ('img', 'label') if options['img_dir'] else ('label', 'img')
-        raise InputError(f"--{given}-dir is given without --{other}-dir; one's own data needs both")
+        raise InputError(f"--{given}-dir is given without --{other}-dir; your own data needs both")
     if options['img_dir']:
         return find_own_data(dataset, options['img_dir'], options['label_dir'], options['split'], options['fractions'],
                              options['seed'])
     if options['split']:
-        raise InputError("--split is for one's own data, given as --img-dir and --label-dir; leave it out")
+        raise InputError('--split is for your own data, given by --img-dir and --label-dir; leave it out')
     if dataset == 'GlaS':
         return find_glas(options['raw_dir'], options['val_fraction'], options['seed'])
     return find_multi_organ(options['raw_dir'], options['anchor'], options['others'])
 
 
 def find_multi_organ(raw_dir, anchor='auto', others=''):
-    """The Sources of a MultiOrgan folder: `find_fullnet_files` or `find_monuseg`, whichever fits."""
+    """The Sources of a MultiOrgan folder, which is laid out as in `find_fullnet_files` or in `find_monuseg`."""
     raw_dir = Path(raw_dir)
     if all((raw_dir / name).exists() for name in ('normalized', 'labels_instance', 'split.json')):
         if anchor not in ('auto', ''):
@@ -73,7 +76,10 @@ def find_multi_organ(raw_dir, anchor='auto', others=''):
 
 
 def find_fullnet_files(raw_dir):
-    """The FullNet authors' own files: normalized/X.png, labels_instance/X_label.png, split.json (split -> names)."""
+    """The Sources of the FullNet authors' files: normalized/X.png, labels_instance/X_label.png, split.json.
+
+    split.json holds {split: [names]}.
+    """
     raw_dir = Path(raw_dir)
     images = {path.stem: path for path in list_images(raw_dir / 'normalized')}
     labels = labels_by_name(raw_dir / 'labels_instance')
@@ -90,7 +96,7 @@ def find_fullnet_files(raw_dir):
 
 
 def _read_split(path, allowed):
-    """{split: [names]} from a JSON file, checked. allowed: names of splits, train and val first."""
+    """Read {split: [names]} from a JSON file. allowed: names of splits, train and val first. Raises InputError."""
     expected = f'expected a JSON object of lists of names: train, val and, if there are, {", ".join(allowed[2:])}'
     try:
         split = read_json(path)
@@ -100,7 +106,7 @@ def _read_split(path, allowed):
         raise InputError(f'{path}: {expected}')
     names = [name for group in split.values() for name in group]
     if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
-        raise InputError(f'{path}: a name is not that of a file without its ending; {expected}')
+        raise InputError(f'{path}: each name must be a file name without extension; {expected}')
     if not set(split) <= set(allowed) or not split.get('train') or not split.get('val'):
         raise InputError(f'{path} has {", ".join(split) or "nothing"}; {expected}')
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -110,10 +116,11 @@ def _read_split(path, allowed):
 
 
 def find_monuseg(raw_dir, anchor='auto', others=''):
-    """MoNuSeg as distributed: .tif images and .xml annotations at any depth, named without the organ.
+    """The Sources of MoNuSeg as distributed: .tif images and .xml annotations at any depth, named without the organ.
 
-    The published split decides by name; images outside it go to the split `others`, or are listed in a note and not
-    used. Of an image with no annotation, or the other way round, only the colour anchor is accepted.
+    The published split is found by the names. Images outside it go to the split `others`; without one they are not
+    used, with a note. Raises InputError if an image has no annotation, unless it is the colour anchor, or an annotation
+    has no image.
     """
     anchor = PUBLISHED_ANCHOR if anchor == 'auto' else anchor
     images = _by_stem(_files_below(raw_dir), ('.tif', '.tiff'), raw_dir)
@@ -151,9 +158,10 @@ def find_monuseg(raw_dir, anchor='auto', others=''):
 
 
 def find_glas(raw_dir, val_fraction, seed):
-    """GlaS as distributed: {train,testA,testB}_N.bmp with *_anno.bmp at any depth.
+    """The Sources of GlaS as distributed: {train,testA,testB}_N.bmp with *_anno.bmp at any depth.
 
-    `val_fraction` of the train images, drawn with `seed`, become the validation set (the published one is not known).
+    The published validation set is not known. So the share `val_fraction` of the train images, drawn with `seed`, is
+    used for validation. Raises InputError for missing files.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f'val_fraction is {val_fraction}; expected a number between 0 and 1')
@@ -175,10 +183,11 @@ def find_glas(raw_dir, val_fraction, seed):
 
 
 def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
-    """A folder of images and one of instance labels, `{name}`, `{name}_label` or `{name}_anno`, of any kind.
+    """The Sources of the user's own data: a folder of images and one of instance labels or annotation XML.
 
-    split_path: a JSON file {split: [names]}; '' = `fractions` (train, val, test) of the images, drawn with `seed`.
-    dataset: whose layout, metrics and sizes to use; the test images become its first test set.
+    The labels are named `{name}`, `{name}_label` or `{name}_anno`. split_path: a JSON file {split: [names]}, or '' for
+    a split drawn with `seed`, whose shares of (train, val, test) are `fractions`. dataset: whose layout, metrics and
+    sizes are used; the test images become its first test set. Raises InputError for missing files.
     """
     images = list_images(img_dir)
     # JSON of other kinds may lie beside masks: it is read only where there is nothing else
@@ -209,9 +218,12 @@ def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
 
 
 def draw_split(names, fractions, seed):
-    """{'train': [names], 'val': ..., 'test': ...}: the fractions of the names, at least one for train and val each."""
+    """Draw a split of the names: {'train': [names], 'val': ..., 'test': ...}, at least one for train and for val.
+
+    fractions: the shares of (train, val, test). Raises InputError if their sum is not 1, or for fewer than 2 names.
+    """
     train, val, test = fractions
-    if not (train > 0 and val > 0 and test >= 0 and abs(sum(fractions) - 1) <= 1e-6):              # NaN is none of it
+    if not (train > 0 and val > 0 and test >= 0 and abs(sum(fractions) - 1) <= 1e-6):              # `not` catches NaN
         raise InputError(f'--fractions is {train:g} {val:g} {test:g}; expected the shares of train, val and test, '
                          f'which add up to 1, the first two above 0')
     if len(names) < 2:
@@ -224,12 +236,13 @@ def draw_split(names, fractions, seed):
 
 
 def _by_number(name):
+    """Sort key of a GlaS name: 'train_8' -> ('train', 8)."""
     prefix, number = name.split('_')
     return prefix, int(number)
 
 
 def _files_below(folder):
-    """The files in a folder and its folders, sorted; hidden ones skipped."""
+    """All files in a folder and its subfolders, sorted, without hidden ones."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f'no such folder: {folder}')
@@ -238,7 +251,7 @@ def _files_below(folder):
 
 
 def _by_stem(paths, extensions, folder):
-    """{name without ending: path} of the files with one of the endings; two of one name are refused."""
+    """{name without extension: path} of the files with these extensions. Raises InputError if two have one name."""
     files = {}
     for path in paths:
         if path.suffix.lower() in extensions and '__MACOSX' not in path.parts:
@@ -250,12 +263,16 @@ def _by_stem(paths, extensions, folder):
 
 
 def _names_in(folder):
+    """The first five names in a folder, for error messages."""
     names = sorted(path.name + '/' * path.is_dir() for path in Path(folder).iterdir())
     return (', '.join(names[:5]) + (', ...' if len(names) > 5 else '')) or 'an empty folder'
 
 
 def anchor_path(anchor, folder):
-    """The anchor image: a path, or the name of an image below the folder with or without its organ."""
+    """The path of the anchor image. anchor: a path, or the name of an image below `folder`, with or without organ.
+
+    Raises InputError if there is no such image.
+    """
     if Path(anchor).is_file():
         return Path(anchor)
     images = {path.stem: path for path in _files_below(folder) if path.suffix.lower() in IMAGE_EXTENSIONS}
@@ -267,9 +284,9 @@ def anchor_path(anchor, folder):
 
 
 def make_report(images, mean_std):
-    """Counts per split, labels with objects in several pieces, mean and standard deviation of the colours.
+    """The report of a preparation, a dict: counts of each split, labels with objects in several pieces, colours.
 
-    images: the dicts of `prepare_image`. object_area: pixels, percentiles 5, 25, 50, 75, 95.
+    images: the dicts of `prepare_image`. mean_std: (2, 3). object_area holds the percentiles 5, 25, 50, 75, 95, pixels.
     """
     splits = {}
     for part in SPLITS:
@@ -287,7 +304,10 @@ def make_report(images, mean_std):
 
 
 def count_grades(raw_dir, images):
-    """{'grades': {split: {grade: images}}} from GlaS's Grade.csv, if there is one: columns name and grade..."""
+    """{'grades': {split: {grade: number of images}}} from GlaS's Grade.csv; {} without such a file.
+
+    Its columns begin with `name` and `grade`.
+    """
     paths = [path for path in _files_below(raw_dir) if path.name.lower() == 'grade.csv']
     if not paths:
         return {}
@@ -307,7 +327,7 @@ def count_grades(raw_dir, images):
 
 
 def report_text(report):
-    """The report as a table."""
+    """The report as a table of text."""
     lines = [f'{"":10} {"images":>7} {"patches":>8} {"objects":>8} {"in pieces":>10}   '
              f'object area, pixels: 5, 25, 50, 75, 95 %']
     for part, row in report['splits'].items():
@@ -326,11 +346,8 @@ def report_text(report):
     return '\n'.join(lines)
 
 
-FOLDERS = ('images', 'labels', 'weight_maps', 'labels_instance')     # what preparation fills, besides mean_std.npy
-
-
 def refuse_data_dir(options):
-    """Raise InputError if the raw data would be overwritten, or data_dir holds files that no preparation made."""
+    """Raise InputError if data_dir would overwrite the raw data, or holds files that no preparation made."""
     data_dir = Path(options['data_dir'])
     for name in ('img_dir', 'label_dir') if options['img_dir'] else ('raw_dir',):
         raw, flag = Path(options[name]).resolve(), '--' + name.replace('_', '-')
@@ -338,10 +355,10 @@ def refuse_data_dir(options):
             raise InputError(f'the prepared data would replace the raw data: --data-dir {data_dir}, {flag} '
                              f'{options[name]}; give a --data-dir outside it')
     if data_dir.is_file():
-        raise InputError(f'--data-dir {data_dir} is a file; expected a folder, or a name for one')
+        raise InputError(f'--data-dir {data_dir} is a file; expected a folder, or a new name')
     try:
         ours = set(json.loads((data_dir / 'prepare_report.json').read_text(encoding='utf-8'))['files'])
-    except (OSError, ValueError, KeyError, TypeError):                   # there is none, or it is not ours
+    except (OSError, ValueError, KeyError, TypeError):                   # no report, or not one of ours
         ours = set()
     others = [path.relative_to(data_dir).as_posix() for path in sorted(data_dir.rglob('*'))
               if path.is_file() and not path.name.startswith('.')]
@@ -352,14 +369,14 @@ def refuse_data_dir(options):
 
 
 def write_report(folder, report):
-    """`prepare_report.json`: the report, and the names of all files of the preparation, itself and mean_std.npy too."""
+    """Write prepare_report.json: the report, and the names of all files of the preparation, for `refuse_data_dir`."""
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob('*')) if path.is_file()]
     report = report | {'files': [*files, 'mean_std.npy', 'prepare_report.json']}
     write_text(folder / 'prepare_report.json', json.dumps(report, indent=1) + '\n')
 
 
 def count_objects(instance_label):
-    """(number of objects, how many of them are in several 8-connected pieces) of an int (H, W) label."""
+    """(number of objects, number of objects in several 8-connected pieces) of an instance label, int (H, W)."""
     pieces = connected_regions(instance_label, background=0, connectivity=2)
     id_of_piece = np.zeros(pieces.max(initial=0) + 1, instance_label.dtype)
     id_of_piece[pieces] = instance_label

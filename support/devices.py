@@ -1,4 +1,4 @@
-"""The device and the processes that compute: CUDA, Apple MPS or CPU; torchrun; mixed precision; loaders."""
+"""Devices (CUDA, Apple MPS, CPU), the processes of torchrun, mixed precision, and worker processes."""
 import atexit
 import contextlib
 import datetime
@@ -22,10 +22,12 @@ from support.script import DISK_FULL, InputError, ignore_interrupt, no_space, pl
 
 
 def choose_device(gpu='auto', process=0, n_processes=1):
-    """The torch device for the `gpu` option: 'auto' = CUDA, Apple MPS or CPU, whichever is there first; [] = CPU; a
-    list of CUDA numbers. Of several processes on this machine, `process` is the number of this one, and each gets a GPU
-    of its own. Raises InputError if a GPU is not there or cannot be used, or if one process is to use several; for
-    'auto' and one process, a GPU that cannot be used is a note, and the CPU is taken.
+    """Choose the torch.device of this process.
+
+    gpu: 'auto' takes the first of CUDA, Apple MPS and CPU that exists; [] is the CPU; a list of int names CUDA GPUs.
+    process: number of this process on this machine. n_processes: how many torchrun started; each takes its own GPU.
+    Raises InputError if a GPU does not exist or does not work, or if one process is given several GPUs. With 'auto' and
+    one process, a GPU that does not work is only a note, and the CPU is used.
     """
     count = torch.cuda.device_count()
     if gpu == 'auto' and n_processes == 1 and count == 0:
@@ -44,7 +46,7 @@ def choose_device(gpu='auto', process=0, n_processes=1):
         raise InputError(f'torchrun started more processes on this machine than the {len(numbers)} GPUs there are for '
                          f'them; use --nproc-per-node {len(numbers)}, or --gpu cpu')
     device = torch.device('cuda', numbers[process])
-    problem = problem_of(device)
+    problem = device_problem(device)
     if problem and gpu == 'auto' and n_processes == 1:
         warnings.warn(f'GPU {device.index} cannot be used ({problem}); the CPU is used instead', stacklevel=2)
         return torch.device('cpu')
@@ -54,23 +56,22 @@ def choose_device(gpu='auto', process=0, n_processes=1):
     return device
 
 
-def problem_of(device):
-    """Why nothing can be computed on a device that was found, one line; None if all is well."""
+def device_problem(device):
+    """Try to compute on the device. Returns one line that says why it failed, or None if it worked."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')                       # PyTorch's, of many lines, on what the error says
+            warnings.simplefilter('ignore')                       # PyTorch warns in many lines of what the error says
             torch.zeros(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError) as error:
         return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 class Processes:
-    """The processes that torchrun started, each with a device of its own. Without torchrun there is one, which sends
-    nothing.
+    """This process and the others that torchrun started; without torchrun there is one, which communicates nothing.
 
-    rank: number of this process, from 0. count: how many there are, on all machines. device: of this one. quiet: what
-    tqdm's `disable` should be. Raises InputError for GPUs that are not there, and where torchrun's variables are not
-    whole.
+    rank: number of this process, from 0. count: number of processes on all machines. device: this process's device.
+    quiet: the value for tqdm's `disable`; only process 0 shows progress bars. Raises InputError for a GPU that does not
+    exist and for incomplete environment variables of torchrun.
     """
 
     def __init__(self, gpu='auto'):
@@ -80,61 +81,62 @@ class Processes:
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
         if self.count > 1 and not distributed.is_initialized():
-            # a process may wait for hours for one that tests a large image; one that ends is noticed at once
+            # A process may wait for hours while another tests a large image. A lost process is noticed without timeout.
             distributed.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo',
                                            timeout=datetime.timedelta(days=7))
-            # gloo's thread needs the interpreter to let go of the last reduction, and aborts where that has ended
+            # gloo's thread aborts if the interpreter ends while that thread still releases the last reduction
             atexit.register(time.sleep, 0.1)
 
     def _reduce(self, values, operation):
         if self.count == 1:
             return list(values)
-        # kept: gloo's thread would need the interpreter to free it, which in torch 2.6 waits for that thread in `end`
+        # The tensor is kept as an attribute, to avoid a deadlock of torch 2.6: gloo's thread would need the interpreter
+        # to free the tensor, while `shut_down` holds the interpreter and waits for that thread.
         self.last = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(self.last, operation)
         return self.last.tolist()
 
     def sums(self, values):
-        """Each of the numbers, summed over the processes."""
+        """Sum each number over the processes. values: list of numbers; returns a list of float."""
         return self._reduce(values, distributed.ReduceOp.SUM)
 
     def largest(self, number):
-        """The largest of the whole numbers that the processes give."""
+        """The largest value of this int over the processes."""
         return int(self._reduce([number], distributed.ReduceOp.MAX)[0])
 
     def from_first(self, number):
-        """The number that process 0 gives."""
+        """The value of this number in process 0, as float."""
         return self.sums([number if self.rank == 0 else 0])[0]
 
     def copy_from_first(self, tensors):
-        """Overwrite the tensors with those of process 0."""
+        """Overwrite the tensors with the values that they have in process 0."""
         if self.count > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
     def wait(self):
-        """Until all processes are here."""
+        """Wait until every process has called this."""
         self.largest(0)
 
-    def end(self):
-        """Of what the processes do together."""
+    def shut_down(self):
+        """Shut down the process group."""
         if self.count > 1:
             distributed.destroy_process_group()
 
-    def share(self, model):
-        """The model, whose gradients become the mean over the processes."""
+    def distribute(self, model):
+        """Wrap the model so that gradients are averaged over the processes (DistributedDataParallel)."""
         if self.count == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == 'cuda' else None)
 
     def synchronise_batch_norm(self, model):
-        """On CUDA, the model with batch norm over the crops of all processes; elsewhere torch has none."""
+        """On CUDA, let batch norm use the crops of all processes. On the CPU, PyTorch cannot do this."""
         several = self.count > 1 and self.device.type == 'cuda'
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
     @contextlib.contextmanager
-    def watched(self, advice):
-        """Raises InputError, which ends with `advice()`, where in the block another process ended or a disk is full."""
+    def report_lost_process(self, advice):
+        """Raise InputError if in the block another process ends or a disk is full. `advice()` ends the message."""
         try:
             yield
         except RuntimeError as error:
@@ -148,22 +150,22 @@ class Processes:
 
 
 def put_on(device, model):
-    """The network on its device; on CUDA channels last, the layout of the tensor cores."""
+    """Move the network to the device. On CUDA its layout becomes channels last, which suits the tensor cores."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if device.type == 'cuda' else model
 
 
 def windows_at_once(device):
-    """How many windows of an image a network sees at a time, in validation and testing."""
+    """How many windows of an image form one batch, in validation and testing."""
     return 1 if device.type == 'cpu' else 8
 
 
 class MixedPrecision:
-    """Half precision where it is fast and enough, in the network; the loss stays in float32.
+    """Half precision in the network; the loss stays in float32.
 
-    CUDA: autocast to bfloat16, or to float16 with a scaled loss where there is no bfloat16. CPU: FullNet computes its
-    dense blocks in bfloat16 (FullNet.set_mode); in testing autocast is faster on a processor that has AMX, and only
-    there. Raises InputError for Apple MPS.
+    CUDA: autocast to bfloat16, or to float16 with a scaled loss on GPUs without bfloat16. CPU: training computes the
+    dense blocks in bfloat16 (FullNet.set_mode); testing uses autocast on processors with AMX, the only ones on which it
+    is faster. Raises InputError for Apple MPS.
     """
 
     def __init__(self, device, enabled, testing=False):
@@ -180,10 +182,10 @@ class MixedPrecision:
 
 
 def loader_processes(workers, processes):
-    """How many processes load data: `workers`, or with 'auto' what the CPUs suffice for.
+    """Number of loader processes: `workers`, unless that is 'auto'.
 
-    A GPU is fed by the CPUs that this process may use, less one, 16 at most, shared with the other processes on the
-    machine. A CPU that trains itself gets one.
+    'auto' on a GPU: one for each usable CPU but one, at most 16, divided by the number of training processes on this
+    machine. 'auto' on the CPU: one, because training needs the CPUs itself.
     """
     if workers != 'auto':
         return workers
@@ -194,8 +196,8 @@ def loader_processes(workers, processes):
 
 
 @contextlib.contextmanager
-def memory_watched(run):
-    """Raises InputError that says what takes memory, where in the block that of a GPU does not suffice."""
+def report_out_of_memory(last_good):
+    """Raise InputError if the GPU's memory runs out in the block. `last_good()` ends the message."""
     try:
         yield
     except RuntimeError as error:
@@ -203,22 +205,25 @@ def memory_watched(run):
             raise
         said = str(error).splitlines()[0][:100]
         raise InputError(f'not enough memory on the GPU ({said}); give --amp True, or begin a new run with a smaller '
-                         f'--batch-size or --input-size; {run.last_good()}') from error
+                         f'--batch-size or --input-size; {last_good()}') from error
 
 
 def start_loader(worker):
-    """What a loader process does first: OpenCV in one thread (torch has one there already), and no Ctrl-C."""
+    """Set up a loader process: it ignores Ctrl-C, and OpenCV uses one thread (PyTorch does so already)."""
     cv2.setNumThreads(1)
     ignore_interrupt(worker)
 
 
 def in_processes(function, arguments, workers):
-    """function(*a) for every a of arguments, in order, as they get done; in `workers` processes if more than one."""
+    """Yield function(*a) for every tuple `a` of arguments, in order, computed in `workers` processes.
+
+    Raises InputError if a process is killed.
+    """
     if workers == 1:
         yield from itertools.starmap(function, arguments)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), ignore_interrupt, (0,)) as pool:
-        # the processes inherit that they ignore Ctrl-C: it would end in a traceback of what they import
+        # the processes inherit that Ctrl-C is ignored; else it would stop their imports with a traceback
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             futures = [pool.submit(function, *a) for a in arguments]
@@ -228,7 +233,7 @@ def in_processes(function, arguments, workers):
             for future in futures:
                 yield future.result()
         except BrokenProcessPool:
-            raise InputError(f'one of the {workers} processes was killed, perhaps for its memory; run the same command '
-                             f'again, with fewer --workers') from None
+            raise InputError(f'one of the {workers} processes was killed, perhaps because memory ran out; run the same '
+                             f'command again, with fewer --workers') from None
         finally:
             pool.shutdown(cancel_futures=True)

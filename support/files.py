@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and into a folder that nobody else writes."""
+"""Write files and folders atomically, lock folders, hash files, and find the run folder of a checkpoint."""
 import atexit
 import contextlib
 import hashlib
@@ -24,14 +24,14 @@ except ImportError:                                # Windows
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path` (same extension); rename it to `path` if the block succeeds.
+    """Yield a temporary path beside `path`, with the same extension; rename it to `path` if the block succeeds.
 
-    A reader sees the old file or the whole new one, never a part. On an exception the temporary file
-    is removed and `path` stays as it was.
+    A reader sees the old file or the complete new one. On an exception the temporary file is removed, and `path` is
+    not changed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f'.tmp_{uuid.uuid4().hex}{path.suffix}'      # named first, so that no signal loses it
+    temporary = path.parent / f'.tmp_{uuid.uuid4().hex}{path.suffix}'   # named before the try: a signal cannot lose it
     try:
         yield str(temporary)
         os.replace(temporary, path)
@@ -42,19 +42,19 @@ def atomic_path(path):
 
 
 class FolderLock:
-    """A lock of the system on `folder/.lock`, so that at most one process writes into a folder. Makes the folder.
+    """A lock by the operating system on `folder/.lock`, so that at most one process writes there. Makes the folder.
 
-    It ends with `release()`, with the block of `with`, or with the process, however that ends: the file that a killed
-    one leaves locks nothing. Other computers see it if their file system has locks; on one that has none there is a
-    note, and no lock. A process may lock a folder again. Of torchrun's processes, those that share a folder lock it
-    once for every `rank`. Raises InputError that names the process which holds the lock.
+    `release()`, the end of the `with` block or the end of the process unlocks it. The file that a killed process leaves
+    behind locks nothing. Other computers see the lock if the shared file system supports locks; a file system without
+    locks gives a note, and no lock. A process may lock a folder again. Processes of torchrun that write into one folder
+    each lock their own file, by `rank`. Raises InputError that names the process which holds the lock.
     """
 
     def __init__(self, folder, rank=0):
         self.path = Path(folder) / f'.lock{rank or ""}'
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self._open()
-        if not self.is_in_place():                 # its last owner removed it between opening and locking
+        if not self.is_in_place():                 # its owner removed it before we locked it
             os.close(self.file)
             self.file = self._open()
         os.truncate(self.file, 0)
@@ -82,38 +82,38 @@ class FolderLock:
         self.release()
 
     def is_in_place(self):
-        """Whether the folder still is where it was, and the lock in it."""
+        """Whether the folder and its lock file are still at their path."""
         try:
             return os.path.samestat(os.fstat(self.file), os.stat(self.path))
         except OSError:
             return False
 
     def check(self):
-        """Raise InputError if the folder is no longer where it was: what is written now would lie apart."""
+        """Raise InputError if the folder was moved or deleted. Writing now would make a second, partial folder."""
         if not self.is_in_place():
             raise InputError(f'{self.path.parent} was moved or deleted while it was written; run the same command '
-                             f'again, with the place where it is now: what is finished is kept')
+                             f'again with its new path: finished images are kept')
 
     def release(self):
-        """End the lock and remove its file."""
+        """Unlock the folder and remove the lock file."""
         atexit.unregister(self.release)
         if self.file is not None:
             if self.is_in_place():
-                with contextlib.suppress(OSError):                       # Windows removes no open file
+                with contextlib.suppress(OSError):                       # Windows does not remove open files
                     self.path.unlink()
             os.close(self.file)
             self.file = None
 
 
 def _lock(file):
-    """Lock an open file for this process. Raises BlockingIOError or PermissionError if another process has done so.
+    """Lock an open file for this process. Raises BlockingIOError or PermissionError if another process holds the lock.
 
-    A lock by lockf belongs to the process: its loader processes do not inherit it, so that none is left by a kill.
+    Loader processes do not inherit a lock by lockf. So it ends with this process, even if its loaders live on.
     """
     if fcntl:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
-        os.lseek(file, 2 ** 30, os.SEEK_SET)                             # a locked byte cannot be read
+        os.lseek(file, 2 ** 30, os.SEEK_SET)                             # not byte 0: nobody can read a locked byte
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         os.lseek(file, 0, os.SEEK_SET)
 
@@ -125,7 +125,7 @@ def write_text(path, text):
 
 
 def sha256_of(path):
-    """Hash of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while piece := file.read(2 ** 20):
@@ -136,19 +136,20 @@ def sha256_of(path):
 def save_image(path, array):
     """Save a uint8 (H, W) or (H, W, 3) array as an image, or a uint16 (H, W) array as PNG, atomically.
 
-    The format is that of the extension of `path` (.png, .bmp, ...).
+    The extension of `path` (.png, .bmp, ...) decides the format.
     """
     with atomic_path(path) as temporary:
         Image.fromarray(np.ascontiguousarray(array)).save(temporary)
 
 
-BIG = 2 ** 32 - 2 ** 25                            # bytes of pixels: a plain TIFF ends at 4 GB
+BIG = 2 ** 32 - 2 ** 25                            # bytes of pixels above which a TIFF must be a BigTIFF
 
 
 def save_instances(path, label):
-    """Save an instance label (H, W) as TIFF (deflate) or PNG, by the extension of `path`; uint16, above 65,535 uint32.
+    """Save an instance label, int (H, W), as TIFF (deflate) or PNG, by the extension of `path`.
 
-    A TIFF of 4 GB of pixels is a BigTIFF. Raises ValueError if a PNG is asked to hold ids above 65,535.
+    Its ids are stored as uint16, or as uint32 if one is above 65,535. A TIFF of 4 GB of pixels becomes a BigTIFF.
+    Raises ValueError for a PNG with ids above 65,535.
     """
     path = Path(path)
     dtype = np.uint16 if label.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
@@ -159,12 +160,12 @@ def save_instances(path, label):
         save_image(path, pixels)
         return
     with atomic_path(path) as temporary:
-        # by itself tifffile takes BigTIFF for uncompressed data only
+        # tifffile chooses BigTIFF itself only for uncompressed data
         tifffile.imwrite(temporary, pixels, compression='zlib', photometric='minisblack', bigtiff=pixels.nbytes > BIG)
 
 
 def run_of(checkpoint):
-    """The run folder of a checkpoint, '' if it does not lie in the folder `checkpoints` of one."""
+    """The run folder of a checkpoint, str; '' if the checkpoint is not in a folder named `checkpoints`."""
     path = Path(checkpoint)
     if not checkpoint or path.resolve().parent.name != 'checkpoints':
         return ''
@@ -172,17 +173,17 @@ def run_of(checkpoint):
 
 
 def results_folder(checkpoint, dataset):
-    """Where the results of a checkpoint go by default: its run folder / `best`, or the like."""
+    """Default folder for the results of a checkpoint: `best` (or its epoch) in its run folder, else in experiments/."""
     run, name = run_of(checkpoint), Path(checkpoint).name.split('.')[0]
     return f'{run}/{name.removeprefix("checkpoint_")}' if run else f'./experiments/{dataset}/{name}'
 
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Yield a new, empty folder, which takes the place of `folder` if the block succeeds.
+    """Yield a new, empty folder, which replaces `folder` if the block succeeds.
 
-    On an exception, or if the process is killed, `folder` stays as it was. Raises InputError if `folder` cannot be
-    replaced, or if another process is about to.
+    On an exception, or if the process is killed, `folder` is not changed. Raises InputError if `folder` cannot be
+    replaced, or if another process is writing a new one.
     """
     folder = Path(folder).resolve()
     if os.path.ismount(folder):

@@ -1,20 +1,20 @@
-"""Hausdorff distances of many pairs of objects at a time."""
+"""Exact Hausdorff distances of many pairs of objects at a time."""
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
 
 from support.pictures import find_edges
 
-NO_OBJECT_HAUSDORFF = 1e5                          # gland: distance to an image without objects, pixels
-PIXELS_AT_ONCE = 2 ** 23                           # of the objects whose Hausdorff distances are computed together
+NO_OBJECT_HAUSDORFF = 1e5                          # pixels: distance to an image without objects, as published (GlaS)
+PIXELS_AT_ONCE = 2 ** 23                           # objects with about so many pixels together are computed at a time
 
 
 class ObjectShapes:
-    """The pixels of the objects 1..n of a label map, int (H, W), for Hausdorff distances.
+    """The pixels of the objects 1..n of a label map, int (H, W), as the functions below need them.
 
-    flat_map: (H * W,) the map. on_edge: bool (H * W,), pixels with a 4-neighbour outside the object or the image.
-    pixels, edges: sparse bool (n + 1, H * W), row i holds all pixels of object i, and those on its edge.
-    area: (n,) pixels. boxes: (n, 4) top, left, bottom, right of the bounding boxes, inclusive.
+    flat_map: (H * W,), the label map. on_edge: bool (H * W,), whether a 4-neighbour of the pixel has another value or
+    lies outside the image. pixels, edges: sparse bool (n + 1, H * W); row i holds all pixels of object i, and those on
+    its edge. area: (n,) pixels. boxes: (n, 4), top, left, bottom, right of the bounding boxes, inclusive.
     """
 
     def __init__(self, label_map):
@@ -31,21 +31,27 @@ class ObjectShapes:
                                np.maximum.reduceat(y, starts), np.maximum.reduceat(x, starts)], axis=1)
 
     def _rows(self, places, n):
-        """Pixels at some places of the flat map, by object. A sparse matrix sorts by counting, in one pass."""
+        """Sparse bool (n + 1, H * W): the pixels at `places` of the flat map, by object.
+
+        Converting a sparse matrix to rows sorts the pixels by object in linear time.
+        """
         rows = (np.ones(len(places), bool), (self.flat_map[places], places))
         return sparse.coo_array(rows, shape=(n + 1, len(self.flat_map))).tocsr()
 
 
 def _pixels_of(rows, objects):
-    """(index into `objects`, place in the flat map) of all pixels in these rows of a sparse matrix, both (pixels,)."""
+    """All pixels of some objects: (index into `objects`, place in the flat map), both int (pixels,).
+
+    rows: `pixels` or `edges` of ObjectShapes. objects: int (n,).
+    """
     chosen = rows[objects]
     return np.repeat(np.arange(len(objects)), np.diff(chosen.indptr)), chosen.indices
 
 
 def hausdorff_distances(a_shapes, a, b_shapes, b):
-    """Symmetric Hausdorff distance, in pixels, between all pixels of objects a[k] and b[k], for every k. Exact.
+    """Symmetric Hausdorff distance, in pixels, between all pixels of the objects a[k] and b[k], for every k.
 
-    a, b: int (n,), objects of two maps of one shape. Returns float (n,).
+    a_shapes, b_shapes: ObjectShapes of two maps of one shape. a, b: int (n,), objects in them. Returns float (n,).
     """
     pixels = int(a_shapes.area[a - 1].sum() + b_shapes.area[b - 1].sum())
     pieces = np.array_split(np.arange(len(a)), pixels // PIXELS_AT_ONCE + 1)
@@ -54,15 +60,17 @@ def hausdorff_distances(a_shapes, a, b_shapes, b):
 
 
 def _directed_hausdorff(a_shapes, a, b_shapes, b):
-    """Largest distance from a pixel of a[k] to its nearest pixel of b[k], (n,).
+    """Largest distance from a pixel of a[k] to its nearest pixel of b[k], for every k: float (n,).
 
-    Few pixels decide it. Those of `a` inside `b` have distance 0. For any other one, the nearest pixel of `b` is on
-    b's edge: were its 4-neighbours all in `b`, the one a step towards the pixel would be nearer. And outside the
-    bounding box of `b` only the edge of `a` counts: a step away from the box leads away from all of `b`, so
-    a pixel whose 4-neighbours are all in `a` is not the farthest. Within the box such a pixel is left out if it
-    touches `b`: its distance is 1, the smallest there is.
+    Most pixels can be skipped without changing the result:
+    - Pixels of `a` inside `b` have distance 0.
+    - The nearest pixel of `b` is always on b's edge. If all its 4-neighbours were in `b`, one of them would be nearer.
+    - Outside the bounding box of `b`, only the edge of `a` counts. From a pixel whose 4-neighbours are all in `a`, one
+      step away from the box leads to a pixel of `a` that is farther from all of `b`.
+    - Inside the box, a pixel that is not on a's edge but touches `b` has distance 1, the smallest distance above 0.
 
-    One tree of points (k, y, x) serves all pairs: their k lie further apart than any two pixels.
+    One k-d tree of the points (k * apart, y, x) serves all pairs, because two pairs are farther apart than any two
+    pixels of one pair.
     """
     width = a_shapes.width
     k, place = _pixels_of(a_shapes.pixels, a)
@@ -84,17 +92,18 @@ def _directed_hausdorff(a_shapes, a, b_shapes, b):
     def points(k, place):
         return np.stack([k * apart, *np.divmod(place, width)], axis=1)
     if len(k):
-        tree = cKDTree(points(*_pixels_of(b_shapes.edges, b)), leafsize=32, balanced_tree=False)       # sooner built
+        tree = cKDTree(points(*_pixels_of(b_shapes.edges, b)), leafsize=32, balanced_tree=False)       # faster to build
         np.maximum.at(distances, k, tree.query(points(k, place))[0])
     return distances
 
 
 def nearest_object_distances(shapes, objects, other_shapes):
-    """Smallest Hausdorff distance from each of `objects` to any object of the other map, (n,).
+    """Smallest Hausdorff distance, in pixels, from each of `objects` to any object of the other map: float (n,).
 
-    NO_OBJECT_HAUSDORFF if that has none. Where two sides of the bounding boxes lie d apart, the Hausdorff distance is
-    at least d (no pixel of the one object is nearer to the outer side of the other). So after the object with the
-    nearest box only those need a look whose boxes are no further away than it turns out to be.
+    It is NO_OBJECT_HAUSDORFF if the other map has no object. If the same sides of two bounding boxes are d apart, the
+    Hausdorff distance is at least d: a pixel on the outer of the two sides is at least d from all of the other object.
+    So the distance to the object with the most similar box is computed first. Then only objects whose boxes differ by
+    no more than that distance are candidates.
     """
     if len(objects) == 0 or len(other_shapes.boxes) == 0:
         return np.full(len(objects), NO_OBJECT_HAUSDORFF)

@@ -1,4 +1,4 @@
-"""Reading images and instance labels, and folders of them."""
+"""Read images and instance labels, and list folders of them."""
 import gzip
 import io
 import json
@@ -28,18 +28,19 @@ WHOLE_SLIDE = 'whole-slide files are not read; export a region as TIFF, for inst
 MAX_MEGAPIXELS = 1000
 # of TIFFs: none, CCITT, LZW, JPEG, deflate, PackBits, deflate
 USUAL_COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
-# Deflate packs 1,032 to 1; a byte holds up to 8 palette pixels. Up to ANY_MEGAPIXELS a file may declare anything.
+# A file that declares more pixels than its bytes can hold is refused, if it is larger than ANY_MEGAPIXELS. Deflate
+# compresses at most 1,032 to 1, and a byte holds at most 8 pixels of a palette image.
 PIXELS_PER_BYTE = 10_000
 ANY_MEGAPIXELS = 16
 
-logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # what it finds damaged is in our errors
-Image.MAX_IMAGE_PIXELS = None        # our own limit, `max_megapixels`, is checked before decoding
+logging.getLogger('tifffile').setLevel(logging.CRITICAL)       # our InputErrors say what is damaged
+Image.MAX_IMAGE_PIXELS = None        # `open_image` checks max_megapixels instead
 
 
 def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
-    """Sorted paths of the image files in `folder` (hidden files skipped); `name_others` names what else is there.
+    """Sorted paths of the image files in `folder`, without hidden files. With `name_others` a note names other files.
 
-    Raises InputError if `folder` is missing, is a file, holds no image, or two images of one stem.
+    Raises InputError if `folder` is missing, is a file, or holds no image, or two images of one stem.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -68,10 +69,10 @@ def list_images(folder, extensions=IMAGE_EXTENSIONS, name_others=False):
 
 
 def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
-    """The instance label of each image: `{name}` with one of LABEL_ENDINGS in label_dir.
+    """The path of the instance label of each image: `{name}` with one of LABEL_ENDINGS in label_dir.
 
-    Names are compared in one Unicode form. Raises InputError if some are missing, which ends with `hint`, or if an
-    image has two, or if label_dir is the folder of the images.
+    Names are compared in their composed Unicode form. Raises InputError if an image has two labels or none (the latter
+    message ends with `hint`), or if label_dir is the folder of the images.
     """
     if images and Path(label_dir).resolve() == images[0].resolve().parent:
         raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
@@ -93,24 +94,24 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
 
 
 def composed(name):
-    """A file's name in the composed Unicode form: macOS writes another one, which looks the same."""
+    """A file name in composed Unicode form. macOS uses another form, which looks the same but is not equal."""
     return unicodedata.normalize('NFC', name)
 
 
 def refuse_same_folder(data_dir, save_dir):
-    """Raise InputError if the results would be written among the input."""
+    """Raise InputError if input and output are the same folder."""
     if Path(data_dir).resolve() == Path(save_dir).resolve():
         raise InputError(f'reading from and writing to the same folder {data_dir}; give another folder to write to')
 
 
 def missing_files_message(kind, missing, folder):
-    """One line naming up to five missing files and their count."""
+    """One line with the number of missing files and the names of up to five."""
     names = ', '.join(missing[:5]) + (', ...' if len(missing) > 5 else '')
     return f'{len(missing)} {kind} missing in {folder}: {names}'
 
 
 def open_image(path, max_megapixels=MAX_MEGAPIXELS):
-    """Open an image file lazily with Pillow: its header is read and its size checked, its pixels are not decoded.
+    """Open an image file with Pillow and check its size. Only the header is read; the pixels are not decoded.
 
     Raises InputError if it is missing, empty, not an image, or larger than `max_megapixels`.
     """
@@ -119,7 +120,7 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
         raise InputError(f'no such file: {path}' if not path.exists() else f'expected a file, found a folder: {path}')
     try:
         n_bytes = path.stat().st_size
-    except FileNotFoundError:                                    # moved away since the line above
+    except FileNotFoundError:                                    # it was moved a moment ago
         raise InputError(f'no such file: {path}') from None
     if n_bytes == 0:
         raise InputError(f'{path} is empty (0 bytes); copy it again')
@@ -137,12 +138,13 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
                          f'expected one of {" ".join(IMAGE_EXTENSIONS)}') from error
     _check_megapixels(path, image.width, image.height, max_megapixels)
     offsets = [offset for _, _, offset, *_ in image.tile if isinstance(offset, int)]
-    if max(offsets, default=0) > n_bytes:                        # Pillow would ask for all up to there at once
+    if max(offsets, default=0) > n_bytes:                        # Pillow would allocate that much
         raise damaged(path, 'pixels beyond the end of the file')
     return image
 
 
 def _check_megapixels(path, width, height, max_megapixels):
+    """Raise InputError if an image is larger than max_megapixels, or than its file can hold."""
     megapixels, n_bytes = width * height / 1e6, path.stat().st_size
     if megapixels > max_megapixels:
         raise InputError(f'{path} declares {width} x {height} = {megapixels:.0f} megapixels, more than '
@@ -153,9 +155,9 @@ def _check_megapixels(path, width, height, max_megapixels):
 
 
 def image_size(path, max_megapixels=MAX_MEGAPIXELS):
-    """(height, width) of what `read_image` returns, by the file's header. Raises InputError as `open_image`."""
+    """(height, width) of the image that `read_image` returns, from the header. Raises InputError as `open_image`."""
     with open_image(path, max_megapixels) as image:
-        if orientation_of(image, path) != 1:                             # Pillow turns some TIFFs by itself, some not
+        if orientation_of(image, path) != 1:                             # Pillow turns only some TIFFs itself
             try:
                 image = ImageOps.exif_transpose(image)
             except Exception as error:
@@ -164,9 +166,9 @@ def image_size(path, max_megapixels=MAX_MEGAPIXELS):
 
 
 def orientation_of(image, path):
-    """EXIF orientation, 1 to 8, of an opened Pillow image; 1 where there is none or it is no such number.
+    """The EXIF orientation of an opened Pillow image, 1 to 8; 1 if there is none or no valid one.
 
-    Raises InputError if the file is damaged: Pillow decodes a PNG to look for EXIF behind the pixels.
+    Raises InputError if the file is damaged: in a PNG, EXIF may follow the pixels, so that Pillow decodes them first.
     """
     try:
         orientation = image.getexif().get(0x0112, 1)
@@ -176,7 +178,7 @@ def orientation_of(image, path):
 
 
 def refuse_unusual_tiff(path):
-    """Raise InputError if a file is a TIFF that is sound and of a kind that is not read, such as JPEG 2000."""
+    """Raise InputError if a file is an undamaged TIFF of a kind that is not supported, such as JPEG 2000."""
     page = _first_page(path)
     if page is None:
         return
@@ -190,31 +192,31 @@ def refuse_unusual_tiff(path):
 
 
 def _first_page(path):
-    """The first page of a TIFF as tifffile knows it; None if the file is no TIFF, or damaged."""
+    """The first page of a TIFF, a tifffile page; None if the file is not a TIFF, or damaged."""
     try:
         with tifffile.TiffFile(path) as file:
             return file.pages[0]
-    except Exception:                # a damaged file makes it raise almost anything
+    except Exception:                # on a damaged file tifffile can raise almost any error
         return None
 
 
 def damaged(path, error):
-    """The InputError for a file that a decoder failed on; one line, whatever the decoder said."""
+    """The InputError, in one line, for a file that a decoder could not read. error: what the decoder said."""
     refuse_unusual_tiff(path)
     said = ' '.join(str(error).split())[:200] or type(error).__name__
     return InputError(f'{path} is damaged or truncated ({said}); copy it again')
 
 
 def decode(image, path):
-    """The pixels of an opened Pillow image as an array; raises InputError if the file is damaged."""
+    """Decode an opened Pillow image to an array. Raises InputError if the file is damaged."""
     try:
         return np.array(image)
-    except Exception as error:       # Pillow's decoders raise almost anything on damaged data
+    except Exception as error:       # on damaged data Pillow can raise almost any error
         raise damaged(path, error) from error
 
 
 def bits_per_channel(image):
-    """Bits per channel in the file. Pillow opens a 16-bit RGB PNG, TIFF or PPM as if it had 8."""
+    """Bits per channel in the file, int. Pillow itself opens a 16-bit RGB PNG, TIFF or PPM as if it had 8."""
     if image.format == 'PNG' and image.tile:
         raw_mode = image.tile[0][3]
         raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
@@ -231,10 +233,9 @@ def bits_per_channel(image):
 def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
     """Read an image as RGB, uint8 (H, W, 3).
 
-    8-bit RGB is taken as it is; grey and palette images are converted, alpha is dropped, an EXIF
-    orientation is applied and the first frame of an animation is taken, each with a note.
-    `scale_16bit=(lo, hi)` maps 16-bit images linearly from lo..hi to 0..255; without it they are refused,
-    as are 1-bit, float, CMYK and multi-page files. Raises InputError.
+    Grey and palette images are converted, alpha is dropped, an EXIF orientation is applied, and of an animation the
+    first frame is taken, each with a note. `scale_16bit=(lo, hi)` maps 16-bit images linearly from lo..hi to 0..255.
+    Raises InputError for 16-bit images without it, for 1-bit, float, CMYK and multi-page files, and as `open_image`.
     """
     path = Path(path)
     image = open_image(path, max_megapixels)
@@ -284,7 +285,10 @@ def read_image(path, max_megapixels=MAX_MEGAPIXELS, scale_16bit=None):
 
 
 def _three_planes(image, path):
-    """RGB, uint8 (H, W, 3), of a TIFF whose metadata (ImageJ, OME) call its three grey pages channels; else None."""
+    """Read a TIFF whose metadata (ImageJ, OME) say that its three grey pages are channels: uint8 RGB (H, W, 3).
+
+    None for any other file.
+    """
     if image.format != 'TIFF' or image.mode != 'L' or getattr(image, 'n_frames', 1) != 3:
         return None
     try:
@@ -299,8 +303,10 @@ def _three_planes(image, path):
 
 
 def _check_frames(image, path):
-    """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies (a pyramid); note where the
-    first frame of an animation is taken."""
+    """Refuse a TIFF of several pages, unless the further ones are reduced-resolution copies of the first (a pyramid).
+
+    Of another animated file the first frame is used, with a note.
+    """
     try:                             # Pillow reads the header of every page
         frames = getattr(image, 'n_frames', 1)
         if frames > 1 and image.format != 'TIFF':
@@ -321,22 +327,23 @@ OTHER_16BIT = 'has 16 bits per channel, and other channels than grey, RGB or RGB
 
 
 def _read_16bit(image, path, scale):
+    """Read a 16-bit PNG or TIFF as RGB, uint8 (H, W, 3), mapped linearly from scale = (lo, hi) to 0..255."""
     if image.mode == 'CMYK':
         raise InputError(f'{path} {OTHER_16BIT}')
     lo, hi = scale
     tags = image.tag_v2 if image.format == 'TIFF' else {}
-    in_strips = 322 not in tags and tags.get(284, 1) == 1        # not planes, which OpenCV misreads
+    in_strips = 322 not in tags and tags.get(284, 1) == 1        # OpenCV misreads channels in separate planes
     pixels = _read_with_opencv(path) if in_strips else _read_with_tifffile(path)
     if pixels.dtype.itemsize != 2 or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
         raise InputError(f'{path} {OTHER_16BIT}')
     pixels = np.clip((pixels.astype(np.float32) - lo) * (255.0 / (hi - lo)), 0, 255).astype(np.uint8)
-    if tags.get(262) == 0:                                       # 0 is white
+    if tags.get(262) == 0:                                       # a file in which 0 is white
         pixels = 255 - pixels
     return np.repeat(pixels[..., None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., :3])
 
 
 def _read_with_opencv(path):
-    """The numbers of a grey, RGB or RGBA image, (H, W) or RGB (H, W, 3)."""
+    """The stored values of a grey, RGB or RGBA image: (H, W), or RGB (H, W, 3)."""
     data = np.fromfile(path, np.uint8)
     if bytes(data[1:4]) == b'PNG' and data[25] == 4:                         # grey and alpha
         raise InputError(f'{path} {OTHER_16BIT}')
@@ -347,25 +354,25 @@ def _read_with_opencv(path):
 
 
 def _read_with_tifffile(path):
-    """The numbers of a TIFF as they are stored, (H, W) or (H, W, channels)."""
+    """The stored values of a TIFF: (H, W) or (H, W, channels)."""
     try:
         with tifffile.TiffFile(path) as file:
-            page = file.pages[0]               # not all of them: a damaged chain has no end
-            if max(page.databytecounts) > path.stat().st_size:           # that much would be asked for at once
+            page = file.pages[0]               # a damaged list of pages could be endless
+            if max(page.databytecounts) > path.stat().st_size:           # tifffile would allocate that much
                 raise ValueError('a strip is longer than the file')
-            if min(page.databytecounts) == 0:                            # it would be filled with zeros
+            if min(page.databytecounts) == 0:                            # tifffile would fill it with zeros
                 raise ValueError('a strip is missing')
             pixels = page.asarray()
             return np.moveaxis(pixels, 0, -1) if page.axes[0] == 'S' else pixels
     except Exception as error:
         if 'imagecodecs' in str(error) or isinstance(error, ImportError):
-            raise InputError(f'{path} is a TIFF of an unusual kind, which is not read with its compression; save it '
+            raise InputError(f'{path} is a TIFF whose kind and compression are not supported together; save it '
                              f'uncompressed, or with deflate') from error
         raise damaged(path, error) from error
 
 
 def read_instance_label(path, image_shape=None, binary_labels=False, max_megapixels=MAX_MEGAPIXELS):
-    """Read an instance label: int32 (H, W), 0 = background, one positive integer per object (gaps allowed).
+    """Read an instance label: int32 (H, W), 0 = background, one positive id per object; ids may have gaps.
 
     Accepts integer images of 8, 16 or 32 bits, palette images (the indices are the ids), RGB with three equal
     channels, integer .npy arrays, and the variable inst_map of MATLAB files (.mat, before version 7.3).
@@ -395,7 +402,7 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
         raise InputError(f'{path} holds {label.dtype} values; expected integer ids')
     if label.size and label.min() < 0:
         raise InputError(f'{path} holds negative ids; expected 0 = background and positive ids')
-    if label.size and int(label.max()) > np.iinfo(np.int32).max:            # int: 2 ** 31 in float32 would pass
+    if label.size and int(label.max()) > np.iinfo(np.int32).max:            # as int: float32 2 ** 31 would pass
         raise InputError(f'{path} holds ids above {np.iinfo(np.int32).max}')
     label = label.astype(np.int32)
     if image_shape is not None and label.shape != tuple(image_shape):
@@ -405,12 +412,14 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
 
 
 def _instances_of(label, path, binary_labels):
-    """The instance label of a label, int32 (H, W), that may be a mask or a class map; notes say what was done.
+    """The instances of a label, int32 (H, W), which may be a mask or a class map. Notes say what was done.
 
-    With binary_labels the 8-connected components of the foreground: of what is above 0, or, where the largest value is
-    over 16, of what has at least half of it, since masks that were resized or were JPEGs have values in between. What
-    looks like an instance label stays one: at most one of its values, or less than half of its pixels, are in several
-    pieces, and the largest of many values does not have most of the pixels, as in a mask of one object with grey edges.
+    With binary_labels they are the 8-connected components of the foreground. Foreground are the values above 0; if the
+    largest value is above 16, those of at least half of it, because resizing and JPEG give masks values in between.
+
+    A label that looks like an instance label is kept as it is. In such a label, at most one value, or less than half of
+    the pixels, is in several pieces. And of more than 16 values the largest does not have most of the pixels, as it has
+    in a mask of one object with grey edges.
     """
     values, areas = np.unique(label, return_counts=True)
     values, areas = values[values > 0], areas[values > 0]
@@ -447,11 +456,12 @@ def _instances_of(label, path, binary_labels):
 
 
 def load_npy(path):
+    """Load a .npy file without unpickling. Raises InputError if it is missing or not a plain array."""
     if not path.is_file():
         raise InputError(f'no such file: {path}')
     try:
-        return np.array(np.lib.format.open_memmap(path, mode='r'))     # mapped: a damaged shape allocates nothing
-    except Exception as error:       # a damaged header raises almost anything
+        return np.array(np.lib.format.open_memmap(path, mode='r'))     # mapping does not allocate a damaged shape
+    except Exception as error:       # a damaged header can raise almost any error
         raise InputError(f'{path} is not a plain NumPy array ({" ".join(str(error).split())[:200]})') from error
 
 
@@ -475,16 +485,17 @@ def read_json(path, at_most=2 ** 30):
 
 
 def _load_mat(path):
+    """The variable inst_map of a MATLAB file, an array. Raises InputError."""
     if not path.is_file():
         raise InputError(f'no such file: {path}')
     try:
         data = path.read_bytes()
         _check_mat(data)
-        # from memory: a damaged size of gigabytes then gets no more than there is
+        # reading from memory: a damaged size of gigabytes cannot allocate more than the file has
         contents = loadmat(io.BytesIO(data), variable_names=['inst_map'])
     except NotImplementedError as error:
         raise InputError(f'{path} is a MATLAB file of version 7.3; save it with -v7') from error
-    except Exception as error:       # loadmat raises almost anything on damaged data
+    except Exception as error:       # on damaged data loadmat can raise almost any error
         said = ' '.join(str(error).split())[:200]
         raise InputError(f'{path} is not a MATLAB file, or is damaged ({said})') from error
     if 'inst_map' not in contents:
@@ -495,17 +506,20 @@ def _load_mat(path):
 
 
 def _check_mat(data):
-    """Raise ValueError if a data element of a MATLAB 5 file is of an unknown type: SciPy looks that up unchecked, and
-    the process crashes. data: the bytes of the file."""
+    """Raise ValueError if a MATLAB 5 file has a data element of unknown type. SciPy would crash the process on it.
+
+    data: the bytes of the file.
+    """
     order = {b'IM': '<', b'MI': '>'}.get(data[126:128])
-    if order and 1 in data[124:126]:                   # version 1; 7.3 is 2, which is not made of elements
+    if order and 1 in data[124:126]:                   # version 1; version 7.3 is 2, an HDF5 file
         _check_elements(memoryview(data)[128:], order)
 
 
 def _check_elements(data, order):
+    """Check the types and sizes of the elements in `data`, a memoryview. order: '<' or '>', the byte order."""
     while len(data) >= 8:
         kind, size = struct.unpack(order + 'II', data[:8])
-        small = kind >> 16           # up to 4 bytes, in the place of the size
+        small = kind >> 16           # up to 4 bytes of data, stored in the size field
         if (kind & 0xffff if small else kind) not in (*range(1, 8), 9, *range(12, 19)):
             raise ValueError(f'element of type {kind}')
         if not small and size > len(data) - 8:
@@ -540,19 +554,22 @@ def _decode_label(path, max_megapixels):
 
 
 def _pillow_changes_ids(tags):
-    """Whether Pillow gives other numbers than are in a TIFF: it inverts those for which 0 is white, reads signed 8 bits
-    as unsigned, and swaps the bytes of compressed big-endian signed or float ones twice."""
+    """Whether Pillow reads other values from a TIFF than are stored.
+
+    It inverts files in which 0 is white, reads signed 8 bits as unsigned, and swaps the bytes of compressed big-endian
+    signed or float values twice.
+    """
     is_signed_or_float = set(tags.get(339, (1,))) != {1}
     return tags.get(262, 0) == 0 or (is_signed_or_float and (tags.prefix == b'MM' or max(tags.get(258, (1,))) == 8))
 
 
 def label_name(path):
-    """The name of an instance label file: up to its last dot, without a trailing `_label`."""
+    """The name of an image from that of its instance label: up to the last dot, without a trailing `_label`."""
     return Path(path).stem.removesuffix('_label')
 
 
 def labels_by_name(folder):
-    """{name: path} of the instance labels in a folder. Raises InputError if two are of one name, or there is none."""
+    """{name: path} of the instance labels in a folder. Raises InputError if two have one name, or if there is none."""
     labels = {}
     for path in list_images(folder, LABEL_EXTENSIONS):
         other = labels.setdefault(label_name(path), path)
@@ -562,5 +579,5 @@ def labels_by_name(folder):
 
 
 def resize_bilinear(image, shape):
-    """An image, uint8 (H, W) or (H, W, 3), at the size (H0, W0)."""
+    """Resize an image, uint8 (H, W) or (H, W, 3), bilinearly (Pillow, antialiased) to shape = (H0, W0)."""
     return np.array(Image.fromarray(image).resize(shape[::-1], Image.BILINEAR))

@@ -1,4 +1,4 @@
-"""What a test writes: tables of scores and of objects, and the record of each image."""
+"""What test.py writes: tables of scores and of objects, and a record of each image."""
 import csv
 import hashlib
 import io
@@ -14,7 +14,7 @@ from support.images import resize_bilinear
 from support.pictures import colour_instances, draw_overlay
 
 PUBLISHED = 'published code, mean over images: '
-DEFINITIONS = {           # of {set}_metrics.json
+DEFINITIONS = {           # of the columns, in {set}_metrics.json
     'published_pixel_acc': PUBLISHED + 'share of pixels on which foreground and background agree',
     'published_recall': PUBLISHED + 'MultiOrgan: any overlap is a hit; GlaS: covering half of the object is',
     'published_precision': PUBLISHED + 'as published_recall, over the predictions',
@@ -31,11 +31,11 @@ DEFINITIONS = {           # of {set}_metrics.json
 }
 OBJECT_COLUMNS = ('id', 'centroid_y', 'centroid_x', 'bbox_top', 'bbox_left', 'bbox_bottom', 'bbox_right', 'area',
                   'perimeter', 'eccentricity', 'solidity', 'mean_inside_probability')
-RESULT_VERSION = 3                    # counts up when the same input gives other results, so that old ones are not kept
+RESULT_VERSION = 3      # raise it when the same input gives other results, so that old results are recomputed
 
 
 def means(rows):
-    """The mean of every column over its rows that are not NaN; NaN where there is none. rows: lists of one length."""
+    """Mean of each column, list of float, without NaN values; NaN for a column of NaN. rows: lists of equal length."""
     values = np.array(rows, dtype=float)
     known = ~np.isnan(values)
     with np.errstate(invalid='ignore'):
@@ -43,7 +43,10 @@ def means(rows):
 
 
 def results_table(results, columns):
-    """The published result file: means first, then every image by name; tab-separated, 4 decimals."""
+    """The text of the published result file: means, then each image by name; tab-separated, 4 decimals.
+
+    results: {image name: values}. columns: names of the values.
+    """
     rows = [('Metrics:', columns), ('Average:', [f'{v:.4f}' for v in means(list(results.values()))]), None]
     rows += [(f'{name}:', [f'{v:.4f}' for v in results[name]]) for name in sorted(results)]
     return '\n'.join('\t'.join([row[0], *row[1]]) if row else '' for row in rows) + '\n'
@@ -52,9 +55,9 @@ def results_table(results, columns):
 class Results:
     """What test.py writes into `folder`: {set}_prob_maps/, {set}_segmentation/, {set}_records/ and the tables.
 
-    A record remembers of an image what it was computed of and its scores, so that it need not be computed again. Two
-    processes would mix their files under one record: the set is locked until `lock.release()`. Raises InputError if
-    another process has locked it, other than those of other `rank` that share its images.
+    The record of an image holds its scores and a hash of everything that they depend on, so that a finished image need
+    not be recomputed. The set is locked until `lock.release()`, so that two tests cannot mix their files; processes of
+    torchrun, which share the images, lock it by `rank`. Raises InputError if another process has locked it.
     """
 
     def __init__(self, folder, set_name, opt, mean_std, rank=0):
@@ -68,31 +71,36 @@ class Results:
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
     def remove_tables(self):
-        """Those of an earlier test, which would be read as made with the options of this one."""
+        """Remove the tables of an earlier test. They would look as if made with the options of this one."""
         for ending in ('test_result.txt', 'metrics.csv', 'metrics.json'):
             (self.folder / f'{self.set_name}_{ending}').unlink(missing_ok=True)
 
     def path(self, kind, name, ending):
+        """Path of a file of the image `name`. kind: prob_maps, segmentation or records."""
         return self.folder / f'{self.set_name}_{kind}' / f'{name}{ending}'
 
     def is_finished(self, path, label_path):
-        """Whether the image was finished with the same options, weights, image and label; then its record is taken."""
+        """Whether the image was finished with the same options, weights, image and label.
+
+        path: of the image; label_path: of its instance label, or None. If it was, its record is read into `records`.
+        """
         self.records[path.stem] = {'key': ''}
         try:
             made_of = [self.made_of, sha256_of(path), label_path and sha256_of(label_path)]
             key = self.records[path.stem]['key'] = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
             record = json.loads(self.path('records', path.stem, '.json').read_text(encoding='utf-8'))
             finished = record['key'] == key and all((self.folder / file).is_file() for file in record['files'])
-        except (OSError, ValueError, KeyError, TypeError):                   # none, or not one of ours
+        except (OSError, ValueError, KeyError, TypeError):                   # no record, or a damaged one
             return False
         if finished:
             self.records[path.stem] = record
         return finished
 
-    def save_images(self, name, image, segmentation, inside, contour, label, matches):
-        """Probability maps, instances, table of objects, overlay and coloured picture. `image` is drawn over.
+    def save_images(self, name, image, instances, inside, contour, truth, matches):
+        """Write probability maps, instances, table of objects, overlay and coloured picture of an image.
 
-        matches: of `match_objects`, None without a label.
+        image: uint8 (H, W, 3), changed in place. instances, truth: int (H, W), segmentation and ground truth, or None
+        for the latter. inside, contour: uint8 (H', W'). matches: of `match_objects`, None without ground truth.
         """
         files = []
 
@@ -102,14 +110,14 @@ class Results:
             return files[-1]
         save_image(place('prob_maps', '_prob_inside.png'), inside)
         save_image(place('prob_maps', '_prob_contour.png'), contour)
-        save_instances(place('segmentation', '_seg.tiff'), segmentation)
-        write_text(place('segmentation', '_objects.csv'), objects_csv(segmentation, inside, matches))
-        save_image(place('segmentation', '_overlay.png'), draw_overlay(image, segmentation, label, matches))
-        save_image(place('segmentation', '_seg_colored.png'), colour_instances(segmentation, image))
+        save_instances(place('segmentation', '_seg.tiff'), instances)
+        write_text(place('segmentation', '_objects.csv'), objects_csv(instances, inside, matches))
+        save_image(place('segmentation', '_overlay.png'), draw_overlay(image, instances, truth, matches))
+        save_image(place('segmentation', '_seg_colored.png'), colour_instances(instances, image))
         self.records[name]['files'] = [file.relative_to(self.folder).as_posix() for file in files]
 
     def finish(self, name, scores):
-        """Write the record of an image."""
+        """Write the record of an image. scores: Scores, or None without ground truth."""
         record = {'files': [], **self.records[name]}
         if scores is not None:
             table = {field: value if isinstance(value, int) else np.asarray(value).tolist()
@@ -120,9 +128,9 @@ class Results:
         write_text(self.path('records', name, '.json'), json.dumps(record) + '\n')
 
     def save_tables(self, names, columns, pooled):
-        """`{set}_test_result.txt` as published, which is returned, and all as `{set}_metrics.csv` and `.json`.
+        """Write {set}_test_result.txt as published, {set}_metrics.csv and {set}_metrics.json. Returns the first's text.
 
-        columns: the published ones. pooled: standard scores of all images as if they were one.
+        names: of the images. columns: of the published scores. pooled: standard scores of all images as if one.
         """
         published = {name: self.records[name]['published'] for name in names}
         text = results_table(published, columns)
@@ -146,30 +154,32 @@ class Results:
 
 
 def without_published(metrics):
-    """Without aji_fullnet, which is published_AJI."""
+    """The standard metrics without aji_fullnet, which equals published_AJI."""
     return {name: value for name, value in metrics.items() if name != 'aji_fullnet'}
 
 
 def csv_text(rows):
+    """Rows, lists of values, as the text of a CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(rows)
     return text.getvalue()
 
 
-def objects_csv(segmentation, inside, matches=None):
-    """One line per object, as CSV: OBJECT_COLUMNS, and with `matches` (`match_objects`) matched_id and matched_iou.
+def objects_csv(instances, inside, matches=None):
+    """The text of a CSV file with one line for each object: OBJECT_COLUMNS.
 
-    Lengths in pixels; the bounding box is top, left and, one behind the last, bottom, right.
-    mean_inside_probability is that of the stored map, uint8, resized to the segmentation.
+    With `matches` (`match_objects`) also matched_id and matched_iou. instances: int (H, W). inside: uint8 (H', W'),
+    255 = probability 1, resized to (H, W) for mean_inside_probability. Lengths are in pixels. bbox_bottom
+    and bbox_right are one past the last row and column.
     """
-    if inside.shape != segmentation.shape:
-        inside = resize_bilinear(inside, segmentation.shape)
+    if inside.shape != instances.shape:
+        inside = resize_bilinear(inside, instances.shape)
     rows = [[*OBJECT_COLUMNS, *(('matched_id', 'matched_iou') if matches is not None else ())]]
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                # objects too small to have a convex hull
-        regions = regionprops(segmentation, inside)[::-1]
+        warnings.simplefilter('ignore')                                # on objects without a convex hull
+        regions = regionprops(instances, inside)[::-1]
         for _ in tqdm(range(len(regions)), desc='objects', disable=None, leave=False, delay=5):
-            region = regions.pop()                                     # which remembers all that was asked of it
+            region = regions.pop()                                     # removed, because it caches all its results
             row = [region.label, *(f'{x:.2f}' for x in region.centroid), *region.bbox, int(region.area),
                    f'{region.perimeter:.2f}', f'{region.eccentricity:.4f}', f'{region.solidity:.4f}',
                    f'{region.intensity_mean / 255:.4f}']

@@ -1,4 +1,4 @@
-"""The run folder: what a training writes, and how it is resumed."""
+"""The run folder: what training writes, and how a run is resumed."""
 import contextlib
 import json
 import logging
@@ -25,13 +25,14 @@ from support.script import InputError
 
 COLUMNS = ('epoch', 'train_loss', 'train_loss_CE', 'train_loss_var', 'train_acc', 'train_iou',
            'val_loss', 'val_acc', 'val_iou')
-# What may differ when a run is resumed; anything else would make it two runs in one.
+# Options that may change when a run is resumed. Any other would make it a different method halfway.
 CHANGEABLE = {'data_dir', 'save_dir', 'num_epochs', 'log_interval', 'workers', 'gpu', 'checkpoint_freq', 'checkpoint',
               'checkpoint_minutes', 'overwrite', 'memory_efficient', 'val_every', 'amp', 'compile', 'preview'}
-RETIRED = {'grid_every'}    # options of earlier versions that changed only what a run writes: a resume ignores them
-OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}  # of a checkpoint of ours
-WARM_UP, TIMED = 10, 20     # steps: on CUDA compiling and the search for the fastest convolutions; then those measured
-CURVE_MINUTES = 3         # between two drawings of learning_curve.png
+RETIRED = {'grid_every'}  # options of earlier versions that changed only what a run writes: a resume ignores them
+# entries that this code's checkpoints have and published ones lack
+OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}
+WARM_UP, TIMED = 10, 20   # --max-minutes times 20 steps, after 10 in which CUDA compiles and chooses convolutions
+CURVE_MINUTES = 3         # least time between two drawings of learning_curve.png
 GRID_EPOCHS = 5           # between two pictures val_grid.png
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
              'epoch_results.txt', 'learning_curve.png', 'val_grid.png')
@@ -40,12 +41,12 @@ log = logging.getLogger('train')
 
 
 class TrainingState:
-    """Everything that changes while training.
+    """Everything that changes during training.
 
-    epoch: epochs completed. batch: steps done in the current epoch. step: steps in all. steps_planned: those that
-    max_minutes allows, 0 until the speed is known. sums: of the results of the images of the current epoch; count: how
-    many these are. history: rows of epoch_results.txt. There is no random state: shuffling, transforms and dropout are
-    functions of the seed and of these numbers.
+    epoch: epochs completed. batch: steps completed in the current epoch. step: steps completed in all. steps_planned:
+    the number of steps that max_minutes allows, 0 until the speed is known. sums, count: results of the current epoch,
+    summed over its images, and the number of images. history: rows of epoch_results.txt. No random state is needed:
+    shuffling, transforms and dropout depend only on the seed and on these numbers.
     """
 
     def __init__(self, model, optimizer, train, steps_per_epoch, scaler):
@@ -57,16 +58,16 @@ class TrainingState:
         self.total_steps = train['num_epochs'] * steps_per_epoch
         self.steps_planned, self.step_seconds = 0, []
         self.sums, self.count = np.zeros(5), 0
-        self.best_iou = -1.0                     # below any IoU: the first validation is the best so far
+        self.best_iou = -1.0                     # below any IoU, so that the first validation is the best so far
         self.history = []
         self.seconds_before, self.started = 0.0, time.monotonic()
 
     def minutes(self):
-        """Minutes of this run, over all resumes."""
+        """Minutes that this run took, including those before it was resumed."""
         return (self.seconds_before + time.monotonic() - self.started) / 60
 
     def finish_step(self, values, n_images):
-        """Count a step, whose results are [loss, CE, variance term, accuracy, IoU]."""
+        """Count a step. values: means of [loss, CE, variance term, accuracy, IoU] over its n_images images."""
         self.step += 1
         self.batch += 1
         self.sums, self.count = self.sums + np.array(values) * n_images, self.count + n_images
@@ -74,11 +75,11 @@ class TrainingState:
             self.average.update()
 
     def means(self):
-        """Of the results so far in this epoch: (5,) loss, CE, variance term, accuracy, IoU."""
+        """Mean results of the current epoch so far: [loss, CE, variance term, accuracy, IoU]."""
         return (self.sums / max(self.count, 1)).tolist()
 
     def finish_epoch(self, val):
-        """Count an epoch, whose validation results are [loss, accuracy, IoU]; returns its row of results."""
+        """Count an epoch. val: its validation [loss, accuracy, IoU]. Returns its row of epoch_results.txt."""
         self.epoch += 1
         row = [self.epoch, *self.means(), *val]
         self.history.append(row)
@@ -87,10 +88,11 @@ class TrainingState:
         return row
 
     def plan_steps(self, seconds, max_minutes, processes):
-        """Count the seconds of a step; fix the number of steps when the speed is known, once, so that a schedule ends.
+        """Count the seconds of one step. Once the speed is known, fix how many steps fit into max_minutes.
 
-        That is the mean of the 20 steps after the first 10. Where these 30 take more than a quarter of max_minutes, it
-        is the mean of those so far, without half of them or the first 10.
+        The number is fixed once, so that the learning-rate schedule can reach its end. The time per step is the mean of
+        20 steps, after 10 that are skipped. If a quarter of max_minutes has passed before that, it is the mean of the
+        steps so far, without the first half of them or the first 10, whichever is fewer.
         """
         self.step_seconds.append(seconds)
         known = len(self.step_seconds) == WARM_UP + TIMED or self.minutes() > max_minutes / 4
@@ -105,11 +107,11 @@ class TrainingState:
                  f'{self.total_steps}')
 
     def validation_model(self):
-        """The network that is validated and tested: that of the averaged weights, if they are averaged."""
+        """The network to validate and test: with --ema-decay the one of averaged weights, else the trained one."""
         return self.average.model if self.average else self.model
 
     def as_checkpoint(self):
-        """The published entries (epoch, state_dict, best_iou, optimizer), and what an exact resume needs besides."""
+        """The published entries (epoch, state_dict, best_iou, optimizer), and those that an exact resume needs."""
         checkpoint = {
             'epoch': self.epoch, 'state_dict': self.validation_model().state_dict(), 'best_iou': self.best_iou,
             'optimizer': self.optimizer.state_dict(), 'batch': self.batch, 'step': self.step,
@@ -118,11 +120,11 @@ class TrainingState:
             'loss_scale': self.scaler.state_dict(),
         }
         if self.average:
-            checkpoint['raw_state_dict'] = self.model.state_dict()     # the weights that the optimizer moves
+            checkpoint['raw_state_dict'] = self.model.state_dict()     # the weights before averaging
         return checkpoint
 
     def load(self, checkpoint, opt):
-        """Go on from a checkpoint, ours or a published one. Raises InputError if it cannot be resumed."""
+        """Resume from a checkpoint, ours or a published one. Raises InputError if it cannot be resumed."""
         path = opt.train['checkpoint']
         load_weights(self.validation_model(), checkpoint['state_dict'], opt.model, path)
         if self.average and 'raw_state_dict' not in checkpoint:
@@ -132,41 +134,42 @@ class TrainingState:
             load_weights(self.model, checkpoint['raw_state_dict'], opt.model, path)
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
-            for group in self.optimizer.param_groups:                  # a published checkpoint may have another
+            for group in self.optimizer.param_groups:                  # the option decides, not a published checkpoint
                 group['weight_decay'] = opt.train['weight_decay']
             self.epoch, self.best_iou = operator.index(checkpoint['epoch']), float(checkpoint['best_iou'])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f'{path} holds no epoch, best_iou or optimizer state that fits the network ({error}); '
                              f'start a new run from its weights with --init-from') from error
         self.step = self.epoch * self.steps_per_epoch
-        if not OUR_STATE <= checkpoint.keys():                         # published: its results are in a file only
+        if not OUR_STATE <= checkpoint.keys():                         # published: earlier results are in a file
             run = run_of(path)
             if run:
                 self.history = read_results(Path(run, 'epoch_results.txt'), self.epoch)
             return
         self.batch, self.step, self.history = checkpoint['batch'], checkpoint['step'], checkpoint['history']
         self.steps_planned = int(checkpoint['steps_planned'])
-        if checkpoint['steps_planned'] is True:                        # as earlier versions had it
+        if checkpoint['steps_planned'] is True:                        # written by an earlier version
             self.steps_planned = checkpoint['total_steps']
         if self.steps_planned:
             self.total_steps = min(self.total_steps, self.steps_planned)
         self.sums, self.count = np.array(checkpoint['meter'][0]), checkpoint['meter'][1][0]
         self.seconds_before = checkpoint['minutes'] * 60
-        if self.scaler.is_enabled() and checkpoint.get('loss_scale'):  # none: a run without amp so far
+        if self.scaler.is_enabled() and checkpoint.get('loss_scale'):  # empty if the run had no --amp before
             self.scaler.load_state_dict(checkpoint['loss_scale'])
 
 
 def take_options_of_run(opt, checkpoint):
-    """Resuming: options come from the checkpoint, but those that may change and were given on the command line.
+    """Take the options of the resumed run from its checkpoint, except paths and those given on the command line.
 
-    Raises InputError that names an option which was given another value and cannot change, and for weights alone.
+    opt: Options, changed in place. Only the options in CHANGEABLE may be given with another value. Raises InputError
+    that names any other option given with another value, and for a checkpoint without optimizer state.
     """
     path = Path(opt.train['checkpoint'])
     if not checkpoint.get('optimizer'):
         raise InputError(f'{path} holds no optimizer state, so that it cannot be resumed; '
                          f'start a new run from its weights with --init-from')
     stored = checkpoint.get('options')
-    if not stored:                                                     # published: options.py decides
+    if not stored:                                     # a published checkpoint has none: options.py decides
         if opt.train['init_from']:
             raise InputError('--init-from and --checkpoint-path both give weights to start from; leave one out')
         return
@@ -190,7 +193,7 @@ def take_options_of_run(opt, checkpoint):
 
 
 def read_results(path, epoch):
-    """Rows of an epoch_results.txt up to `epoch`, [] if there is no such file. Raises InputError for any other file."""
+    """Rows of an epoch_results.txt up to `epoch`; [] without a file. Raises InputError if it is not such a table."""
     if not path.is_file():
         return []
     try:
@@ -205,19 +208,20 @@ def read_results(path, epoch):
 
 
 def is_free(folder):
-    """Whether a folder is not there, or holds nothing but a lock."""
+    """Whether the folder does not exist, or holds nothing but a lock."""
     return not folder.exists() or (folder.is_dir() and all(path.name == '.lock' for path in folder.iterdir()))
 
 
 def refuse_change(name, value, before, path):
+    """Raise the InputError for an option that must keep its value when the run of the checkpoint `path` is resumed."""
     raise InputError(f'--{name.replace("_", "-")} is {value}, but the run of {path} has {before}, and it cannot '
                      f'change when a run is resumed; leave it out, or start a new run')
 
 
 class Run:
-    """The run folder and what is written there; a context manager, whose end unlocks the folder.
+    """The run folder, and everything that training writes there. A context manager that unlocks the folder at the end.
 
-    Raises InputError if the folder holds another run, or another process writes there.
+    Raises InputError if the folder holds another run, or if another process writes there.
     """
 
     def __init__(self, state, opt, mean_std):
@@ -236,7 +240,7 @@ class Run:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         latest = folder / 'checkpoints' / 'checkpoint.pth.tar'
-        allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given           # now, not when it began
+        allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given      # for this resume, not stored
         done = epochs_of(latest) if resumes and not allowed else 0
         if done > state.epoch:
             self.lock.release()
@@ -262,13 +266,13 @@ class Run:
         self.lock.release()
 
     def check_folder(self):
-        """Raise InputError if the run folder was moved, emptied or deleted: what is saved now would lie apart."""
+        """Raise InputError if the run folder was moved, emptied or deleted; saving would make a second, partial one."""
         if not (self.lock.is_in_place() and self.checkpoints.is_dir()):
             raise InputError(f'the run folder {self.folder} was moved, emptied or deleted while the training ran; '
                              f'resume from its checkpoint with --checkpoint-path, where it is now')
 
     def save_info(self, *datasets):
-        """run_info.json: versions, git commit, seed, and every training and validation file with its SHA-256."""
+        """Write run_info.json: versions, git commit, seed, and the SHA-256 of every training and validation file."""
         packages = {'torch': torch, 'numpy': np, 'scipy': scipy, 'scikit-image': skimage, 'opencv': cv2, 'Pillow': PIL}
         packages = {name: module.__version__ for name, module in packages.items()}
         files = {str(path): sha256_of(path)
@@ -278,7 +282,7 @@ class Run:
         write_text(self.folder / 'run_info.json', json.dumps(info, indent=1) + '\n')
 
     def log_epoch(self, row):
-        """One line of the log, TensorBoard, epoch_results.txt and learning_curve.png."""
+        """Add an epoch to the log, TensorBoard and epoch_results.txt, and every few minutes to learning_curve.png."""
         self.check_folder()
         text = 'epoch %d  train: loss %.4f  CE %.4f  var %.4f  acc %.4f  IoU %.4f' % tuple(row[:6])
         if not math.isnan(row[6]):
@@ -293,13 +297,13 @@ class Run:
             self.draw_learning_curve()
 
     def write_results(self):
-        """epoch_results.txt, whole: so that it agrees with the checkpoint after any interruption."""
+        """Write the whole epoch_results.txt, so that it agrees with the checkpoint after any interruption."""
         lines = ['\t'.join(COLUMNS)]
         lines += ['\t'.join([str(row[0]), *(f'{value:.4f}' for value in row[1:])]) for row in self.state.history]
         write_text(self.folder / 'epoch_results.txt', '\n'.join(lines) + '\n')
 
     def draw_learning_curve(self):
-        """learning_curve.png: loss and IoU of training and validation over the epochs."""
+        """Draw learning_curve.png: loss and IoU of training and validation over the epochs."""
         from matplotlib.figure import Figure
         table = dict(zip(COLUMNS, np.array(self.state.history, dtype=float).T))
         figure = Figure(figsize=(10, 4), layout='constrained')
@@ -317,10 +321,14 @@ class Run:
         self.last_drawn = time.monotonic()
 
     def is_grid_due(self):
+        """Whether GRID_EPOCHS epochs have passed since the last val_grid.png."""
         return self.state.epoch // GRID_EPOCHS > self.last_grid // GRID_EPOCHS
 
     def save_grid(self, pictures):
-        """val_grid.png, also for TensorBoard: image, target, probabilities (red, green, blue), prediction in a row."""
+        """Write val_grid.png, also to TensorBoard. A row shows image, target, probabilities and predicted classes.
+
+        pictures: of `validate`. Red is inside, green contour, blue background.
+        """
         mean_std = self.mean_std if self.opt.transform['val'].get('normalize') else None
         grid = tile([[as_picture(image, mean_std), class_colours(target),
                       (probabilities[[1, 2, 0]] * 255).round().byte().permute(1, 2, 0).numpy(),
@@ -334,7 +342,10 @@ class Run:
         return self.checkpoints / 'checkpoint.pth.tar'
 
     def save_latest(self, *copies):
-        """The latest checkpoint, and before it `copies`, file names: a resume repeats an epoch that lacks one."""
+        """Save the latest checkpoint, and under the file names `copies` too.
+
+        The copies come first: if saving is interrupted, the older latest checkpoint repeats the epoch and its copies.
+        """
         self.check_folder()
         checkpoint = self.state.as_checkpoint()
         checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
@@ -349,41 +360,44 @@ class Run:
                     shutil.copyfile(first, temporary)
         except OSError as error:
             self.check_folder()
-            raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then go on '
+            raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then resume '
                              f'with: python train.py --checkpoint-path {self.latest}') from error
         self.last_saved = time.monotonic()
 
     def save_if_due(self):
-        """Save the latest checkpoint every `checkpoint_minutes`, so that a crash in mid-epoch loses only minutes."""
+        """Save the latest checkpoint every checkpoint_minutes, so that a crash within an epoch loses only minutes."""
         if time.monotonic() - self.last_saved >= self.opt.train['checkpoint_minutes'] * 60:
             self.save_latest()
 
     def save_epoch(self, is_best):
-        """The latest checkpoint, and copies of it: every `checkpoint_freq` epochs, and the best."""
+        """Save the latest checkpoint. Every checkpoint_freq epochs a copy is kept, and one if it is the best so far."""
         kept = self.state.epoch % self.opt.train['checkpoint_freq'] == 0
         self.save_latest(*[f'checkpoint_{self.state.epoch}.pth.tar'] * kept, *['checkpoint_best.pth.tar'] * is_best)
 
     def last_good(self):
+        """Where the latest checkpoint is, for error messages."""
         return f'the last good checkpoint is {self.latest}' if self.latest.is_file() else 'nothing was saved before'
 
-    def how_to_go_on(self):
+    def how_to_resume(self):
+        """Where the latest checkpoint is, and the command that resumes from it, for error messages."""
         saved = self.latest.is_file()
-        return self.last_good() + f'; go on with: train.py --checkpoint-path {self.latest}' * saved
+        return self.last_good() + f'; resume with: python train.py --checkpoint-path {self.latest}' * saved
 
-    def save_and_say_how_to_go_on(self):
+    def save_before_stop(self):
+        """Save the latest checkpoint, and log how to resume from it."""
         self.save_latest()
-        log.info(f'stopped; go on with: python train.py --checkpoint-path {self.latest}')
+        log.info(f'stopped; resume with: python train.py --checkpoint-path {self.latest}')
 
 
 class LogFile(logging.FileHandler):
-    """A log on a full disk is an error like others, not a traceback for each line."""
+    """A log file that raises its errors, such as a full disk. logging itself would print a traceback for each line."""
 
     def handleError(self, record):
         raise
 
 
 def epochs_of(path):
-    """How many epochs a run had done when it saved this checkpoint; 0 if there is none that can be read."""
+    """The number of epochs completed in this checkpoint; 0 if the file does not exist or cannot be read."""
     try:
         return int(load_checkpoint(path)['epoch'])
     except (InputError, KeyError, TypeError, ValueError):
@@ -391,7 +405,7 @@ def epochs_of(path):
 
 
 def git_commit(folder):
-    """The commit of the code in `folder`; None without git, or where that is not the top of a repository."""
+    """The git commit of the code in `folder`; None without git, or if the folder is not the top of a repository."""
     try:
         git = subprocess.run(['git', 'rev-parse', '--show-toplevel', 'HEAD'], cwd=folder, capture_output=True,
                              text=True)
@@ -401,16 +415,16 @@ def git_commit(folder):
     return commit if git.returncode == 0 and Path(top).resolve() == folder.resolve() else None
 
 
-class Onlooker(contextlib.nullcontext):
-    """Stands for the Run in all processes but one: whatever they would write, they do not."""
+class SilentRun(contextlib.nullcontext):
+    """Takes the place of Run in every process but process 0. Its methods write nothing."""
 
     def __getattr__(self, name):
-        getattr(Run, name)                                             # AttributeError for a name that it does not have
+        getattr(Run, name)                                             # AttributeError for what Run does not have
         return lambda *_: None
 
     def last_good(self):
         return 'process 0 names the last good checkpoint'
 
-    how_to_go_on = last_good
+    how_to_resume = last_good
 
 

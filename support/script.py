@@ -1,4 +1,4 @@
-"""How the scripts start and end: users' mistakes as one line, exit codes, Ctrl-C."""
+"""How scripts start and end: errors of the user in one line, exit codes, Ctrl-C, the variables of torchrun."""
 import argparse
 import atexit
 import contextlib
@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Something the user can mend. Its message is one line: what was found, expected, where, what to do."""
+    """A mistake that the user can correct. Its message is one line: what was found and expected, where, what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose user's mistakes are one line, an InputError; `~` at the start of a path is expanded."""
+    """An ArgumentParser that raises InputError instead of printing its usage, and expands `~` in paths."""
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -31,32 +31,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand_home(word):
-    """`~/x` and `--option=~/x` with the home folder in place of `~`, which a shell leaves there in some places."""
+    """Expand `~` in `~/x` and `--option=~/x` to the home folder. A shell does not do it in the latter."""
     option, equals, value = word.partition('=') if word.startswith('--') else ('', '', word)
     return option + equals + (os.path.expanduser(value) if value[:1] == '~' else value)
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-tqdm.disable = True            # of a progress bar that a signal stops while it is made: it has nothing to close then
+tqdm.disable = True            # for a bar that a signal stops inside its __init__: tqdm's __del__ then closes nothing
 
 
 def run_script(main):
-    """Run `main()` as a program and exit with 0 (done), 2 (the user can mend it), 130 / 143 (SIGINT / SIGTERM).
+    """Run `main()` as a program. Exit codes: 0 done, 2 a mistake of the user, 130 / 143 SIGINT / SIGTERM.
 
-    An `InputError`, a missing or forbidden file, a full disk and too little memory are one line on stderr. Any other
-    exception is a bug of ours: it keeps its traceback and exits with 1.
+    An `InputError`, a missing or forbidden file, a full disk and too little memory print one line on stderr. Any other
+    exception is a bug of this code: it prints its traceback and exits with 1.
     """
     for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None:                            # closed by the shell, as `>&-` does
+        if getattr(sys, name) is None:                            # the shell closed it with `>&-`
             setattr(sys, name, open(os.devnull, 'w'))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')         # file names that the terminal cannot show
     warnings.showwarning = lambda message, *_: _say(f'note: {message}')
-    with contextlib.suppress(InputError):                         # which `Processes` raises, where there are any
-        if place_among_processes()[0] > 0:                        # of those that torchrun started one speaks
+    with contextlib.suppress(InputError):                         # `Processes` raises this error again later
+        if place_among_processes()[0] > 0:                        # only process 0 prints
             sys.stdout = open(os.devnull, 'w')
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # temporary files are removed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))       # exiting removes temporary files
     try:
         for word in sys.argv[1:]:
             check_name(word)
@@ -86,16 +86,16 @@ def run_script(main):
 
 
 def no_space(error):
-    """What an OSError with an errno of DISK_FULL says."""
+    """The message for an OSError whose errno is in DISK_FULL."""
     return f'no space left on the disk while writing {error.filename or "a file"}'
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask a long computation to stop at the next `check`; a second one stops it at once.
+    """Lets Ctrl-C and SIGTERM stop a long computation at its next `check`. A second signal stops it at once.
 
-    A context manager, for the main thread. `check(save)` does nothing until a signal came; then it calls `save()` and
-    exits with 130 (SIGINT) or 143 (SIGTERM). Of several `processes` all check as often, and all stop when one is asked;
-    there a second signal is none: torchrun passes the first one on to those that got it already.
+    A context manager, for the main thread. `check(save)` does nothing before a signal. After one it calls `save()` and
+    exits with 130 (SIGINT) or 143 (SIGTERM). Of several `processes`, all must call `check` equally often, and all stop
+    when one gets a signal. There a second signal is ignored: torchrun sends the first one to all processes again.
     """
 
     def __init__(self, processes):
@@ -118,9 +118,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         if self.processes.rank == 0:
-            _say('\nstopping after this step, with a checkpoint' + '; once more to stop at once' * alone)
+            _say('\nstopping after this step; saving a checkpoint' + '; press Ctrl-C again to stop at once' * alone)
 
     def check(self, save):
+        """If a signal came to any of the processes, call `save()` and exit."""
         number = self.processes.largest(self.signal or 0)
         if number:
             save()
@@ -129,7 +130,7 @@ class StopRequest:
 
 
 def check_name(name, place='the command line'):
-    """Raise InputError if a name holds bytes that Python could not decode: no text file could hold it."""
+    """Raise InputError if a name holds bytes that Python could not decode. It could not be written to a text file."""
     if any('\ud800' <= character <= '\udfff' for character in name):
         encoding = sys.getfilesystemencoding()
         remedy = 'rename it' if encoding == 'utf-8' else f'Python reads names as {encoding}: set PYTHONUTF8=1'
@@ -137,7 +138,7 @@ def check_name(name, place='the command line'):
 
 
 def _say(message):
-    with contextlib.suppress(OSError):            # nobody reads it: Ctrl-C ends `tee` too in `train.py 2>&1 | tee log`
+    with contextlib.suppress(OSError):            # in `train.py 2>&1 | tee log`, Ctrl-C ends tee too: nobody reads this
         print(message, file=sys.stderr)
 
 
@@ -147,36 +148,36 @@ def _exit_with(code, message):
 
 
 def note(message):
-    """Tell the user something worth knowing that is not an error (shown once per message)."""
+    """Tell the user something that is not an error. The same message is shown once."""
     warnings.warn(message, stacklevel=2)
 
 
 def ignore_interrupt(worker):
-    """For processes that help: Ctrl-C and SIGTERM, which often reach all, are the main one's business; it ends them."""
+    """Set up a worker process to ignore Ctrl-C and SIGTERM. The main process handles them, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def end_helpers():
-    """At the end of Python: end the processes that an error left, which ignore what Python itself would send them."""
+def end_workers():
+    """At the exit of Python, kill the worker processes that an error left. They ignore the SIGTERM of Python."""
     children = multiprocessing.active_children()
     if children and hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would take their end for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's handler would report them as crashed
     for child in children:
         child.kill()
 
 
 def place_among_processes():
-    """(rank, local rank, count): the number of this process on all machines and on its own, and how many there are.
+    """(rank, local rank, count): number of this process on all machines, its number on this machine, and the count.
 
-    torchrun's environment variables say so; without them it is (0, 0, 1). Raises InputError if one of them is missing,
-    empty or no such number.
+    They come from torchrun's environment variables; without any it is (0, 0, 1). Raises InputError if one of the
+    variables is missing, empty or not a possible number.
     """
     names = 'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR'
     values = {name: os.environ[name] for name in names if name in os.environ}
     if not values.keys() & {'WORLD_SIZE', 'RANK', 'LOCAL_RANK'}:
         return 0, 0, 1
-    if values.get('WORLD_SIZE') == '1':            # other launchers leave this too; one process has nobody to speak to
+    if values.get('WORLD_SIZE') == '1':            # other launchers set this too; one process needs no address
         values = {'RANK': '0', 'LOCAL_RANK': '0', **values, 'MASTER_PORT': '0', 'MASTER_ADDR': 'none'}
 
     def problem(name):
@@ -197,4 +198,4 @@ def place_among_processes():
     return tuple(int(values[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
 
 
-atexit.register(end_helpers)      # after multiprocessing's own, which torch imports, so that it runs before that
+atexit.register(end_workers)      # after multiprocessing registered its own exit function, and so runs before it

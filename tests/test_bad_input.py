@@ -1202,7 +1202,7 @@ def test_training_is_interrupted_when_nobody_listens(data, monkeypatch):
         run_train(data, '--epochs', '5')
     assert caught.value.code == 130
     assert load_checkpoint(data / 'run/checkpoints/checkpoint.pth.tar')['step'] == 1
-    assert 'go on with' in (data / 'run/train.log').read_text().splitlines()[-1]
+    assert 'resume with' in (data / 'run/train.log').read_text().splitlines()[-1]
 
 
 def test_nothing_is_fetched(here, monkeypatch):

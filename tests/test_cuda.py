@@ -211,7 +211,7 @@ def test_one_process_of_several(device, monkeypatch):
     try:
         processes = Processes([0] if device.type == 'cuda' else [])
         processes.count = 2                                            # so that it does not go the short way
-        shared = processes.share(processes.synchronise_batch_norm(model))
+        shared = processes.distribute(processes.synchronise_batch_norm(model))
         together = losses_of(shared, *inputs)
         for ours, theirs in zip(together, alone):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -321,7 +321,7 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
     ('a.tif', lambda p: tifffile.imwrite(p, np.array([[-3, 0, 4]], np.int8)), 'holds negative ids'),
     ('a.tif', lambda p: tifffile.imwrite(p, -IDS.astype(np.int16)), 'holds negative ids'),
     ('a.tif', lambda p: Image.fromarray(IDS.astype(np.uint8)).save(p, compression='tiff_lzw', tiffinfo={262: 0}),
-     'a TIFF of an unusual kind, which is not read with its compression; save it uncompressed'),
+     'a TIFF whose kind and compression are not supported together; save it uncompressed'),
     ('a.npy', lambda p: np.save(p, IDS * 10 ** 9), 'holds ids above 2147483647'),
     ('a.npy', lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), 'is not a plain NumPy array'),
     ('a.npy', lambda p: np.save(p, np.zeros((2, 2, 2, 2), int)), r'has shape \(2, 2, 2, 2\)'),

@@ -124,7 +124,7 @@ def test_a_killed_process_ends_the_run_with_a_message_and_a_checkpoint(data, tmp
     ranks = {re.search(rb'\0RANK=(\d+)', Path(f'/proc/{child}/environ').read_bytes())[1]: child for child in children}
     os.kill(int(ranks[b'1']), signal.SIGKILL)
     error = finish(process, code=1)
-    assert f'error: process 0: another process of this run ended; the last good checkpoint is {path}; go on' in error
+    assert f'error: process 0: another process of this run ended; the last good checkpoint is {path}; resume' in error
     assert 'most recent call' not in error.partition('error: process 0')[0]
     goes_on(path)
 
@@ -133,7 +133,7 @@ def test_a_signal_stops_all_processes_after_the_same_step_with_a_checkpoint(data
     process, path = running(tmp_path, data, '--workers', '1')
     os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and f'go on with: python train.py --checkpoint-path {path}' in error
+    assert process.returncode != 0 and f'resume with: python train.py --checkpoint-path {path}' in error
     assert 'another process' not in error and error.count('stopping after this step') == 1
     goes_on(path)
 
@@ -155,7 +155,7 @@ def test_images_are_shared_out_in_testing(data, tmp_path):
 
 def test_gpus_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(devices, 'problem_of', lambda device: None)
+    monkeypatch.setattr(devices, 'device_problem', lambda device: None)
     monkeypatch.setattr(sys, 'argv', ['train.py', '--gpu', '0', '1'])
     with pytest.raises(InputError, match='--gpu names 2 GPUs, and one process uses one; start a process for each with: '
                                          'torchrun --nproc-per-node 2 train.py --gpu 0 1$'):

@@ -543,8 +543,8 @@ def test_images_outside_the_split_are_named(fullnet_files, tmp_path):
     ('{', 'split.json is not JSON'),
     ('[]', 'split.json: expected a JSON object of lists of names: train, val and, if there are, test_same, test_diff'),
     ('{"train": "a", "val": []}', 'expected a JSON object of lists of names'),
-    ('{"train": ["../a"], "val": ["b"]}', 'a name is not that of a file without its ending'),
-    ('{"train": [1], "val": ["b"]}', 'a name is not that of a file without its ending'),
+    ('{"train": ["../a"], "val": ["b"]}', 'each name must be a file name without extension'),
+    ('{"train": [1], "val": ["b"]}', 'each name must be a file name without extension'),
     ('{"train": ["Breast_A"]}', 'split.json has train; expected a JSON object'),
     ('{"train": ["a"], "val": ["b"], "tset": ["c"]}', 'split.json has train, val, tset; expected'),
     ('{"train": ["a", "b"], "val": ["b"]}', 'names b more than once; an image belongs to one split'),
@@ -693,7 +693,7 @@ def test_own_data_needs_images_and_labels(own, tmp_path):
     folder = own[0]
     for words, message in ((['--img-dir', str(folder / 'images')], '--img-dir is given without --label-dir'),
                            (['--label-dir', str(folder / 'labels')], '--label-dir is given without --img-dir'),
-                           (['--split', 'x.json'], "--split is for one's own data")):
+                           (['--split', 'x.json'], '--split is for your own data')):
         with pytest.raises(InputError, match=message):
             main(['--data-dir', str(tmp_path / 'out'), *words])
 

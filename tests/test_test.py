@@ -324,7 +324,7 @@ def test_a_process_that_wrote_elsewhere_is_noticed(images, monkeypatch):
             super().__init__(gpu)
             self.count = 2
         sums = staticmethod(list)
-        wait = end = staticmethod(lambda: None)
+        wait = shut_down = staticmethod(lambda: None)
     monkeypatch.setattr(test_script, 'Processes', FirstOfTwo)
     with pytest.raises(InputError, match=r'no record of .*b\.1\.png in out, though another process .* into one folder'):
         segment(images)

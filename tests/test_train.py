@@ -291,7 +291,7 @@ def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(base, data, tmp_path, 
             if Path(path).name == name and latest.is_file():                          # from the second epoch on
                 raise OSError(errno.ENOSPC, 'No space left on device', str(path))
             return atomic_path(path)
-        with monkeypatch.context() as patch, pytest.raises(InputError, match='make room.* go on with: .*--checkpoint'):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match='make room.* resume with: .*--checkpoint'):
             patch.setattr(files, 'atomic_path', full)
             patch.setattr(checkpoints, 'atomic_path', full)
             patch.setattr(run_folder, 'atomic_path', full)
@@ -507,7 +507,7 @@ def test_an_option_that_an_older_checkpoint_lacks_has_its_default(base, data, tm
     assert checkpoint['epoch'] == older['epoch'] + 1 and checkpoint['options']['train']['val_every'] == 1
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *SMALL, '--data-dir', str(data), '--save-dir',
                                 str(tmp_path / 'run'), '--epochs', '10000', '--workers', '1'],
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -515,7 +515,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)                # as Ctrl-C and batch systems do: the loader's processes too
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and 'Traceback' not in error
-    assert f'go on with: python train.py --checkpoint-path {tmp_path}/run/checkpoints/checkpoint.pth.tar' in error
+    assert f'resume with: python train.py --checkpoint-path {tmp_path}/run/checkpoints/checkpoint.pth.tar' in error
     step = load_checkpoint(tmp_path / 'run/checkpoints/checkpoint.pth.tar')['step']
     assert step > 0
 
@@ -564,7 +564,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(base, data, tmp_path, monkeyp
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(InputError, match='cannot save .*checkpoint.pth.tar: No space left on device; the last good '
-                                         'checkpoint is .*; make room, then go on with: python train.py'):
+                                         'checkpoint is .*; make room, then resume with: python train.py'):
         train.main(['--checkpoint-path', str(path), '--epochs', '2'])
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2
 
