@@ -476,6 +476,8 @@ def read_json(path, at_most=2 ** 30):
         if len(content) > at_most:
             raise InputError(f'{path} is more than {at_most // 2 ** 20} MB unpacked; expected less: split it')
         return json.loads(content.decode('utf-16' if content[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f'no such file: {path}') from None
     except (OSError, EOFError, zlib.error) as error:

@@ -3,6 +3,7 @@
 Refused input is one line that names the file, what was found and what was expected, and leaves nothing half-written.
 Accepted input gives the right result, some of it with a note.
 """
+import codecs
 import contextlib
 import errno
 import functools
@@ -541,6 +542,7 @@ def open_folder(prepared):
 @contextlib.contextmanager
 def unprivileged():
     Image.init()
+    codecs.lookup('latin1'), codecs.lookup('cp437')      # of pickles and zip files: Python may lie in root's home
     os.setegid(65534)
     os.seteuid(65534)
     try:
