@@ -18,7 +18,8 @@ import cv2
 import torch
 from torch import distributed, nn
 
-from support.script import DISK_FULL, InputError, ignore_interrupt, no_space, place_among_processes
+from support.script import (DISK_FULL, DRIVE_FAILED, InputError, disk_problem, ignore_interrupt,
+                            place_among_processes)
 
 
 def choose_device(gpu='auto', process=0, n_processes=1):
@@ -144,9 +145,9 @@ class Processes:
                 raise
             raise InputError(f'process {self.rank}: another process of this run ended; {advice()}') from error
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno not in DISK_FULL + DRIVE_FAILED:
                 raise
-            raise InputError(f'{no_space(error)}; make room; {advice()}') from error
+            raise InputError(f'{disk_problem(error)}; {advice()}') from error
 
 
 def put_on(device, model):
@@ -197,10 +198,13 @@ def loader_processes(workers, processes):
 
 @contextlib.contextmanager
 def report_out_of_memory(last_good):
-    """Raise InputError if the GPU's memory runs out in the block. `last_good()` ends the message."""
+    """Raise InputError if the memory of the GPU, or /dev/shm, runs out in the block. `last_good()` ends the message."""
     try:
         yield
     except RuntimeError as error:
+        if re.search(r'shared memory|\bshm\b|Bus error', str(error)):
+            raise InputError(f'/dev/shm, through which loader processes send their images, is too small; enlarge it '
+                             f'(docker run --shm-size=2g), or give --workers 0; {last_good()}') from error
         if not isinstance(error, torch.OutOfMemoryError) and 'CUDA error: out of memory' not in str(error):
             raise
         said = str(error).splitlines()[0][:100]

@@ -37,6 +37,9 @@ def expand_home(word):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# a drive or network folder that went away, or that holds no files as large as this one
+DRIVE_FAILED = tuple(getattr(errno, name) for name in ('EIO', 'ENOTCONN', 'ESTALE', 'ENODEV', 'EFBIG')
+                     if hasattr(errno, name))
 tqdm.disable = True            # for a bar that a signal stops inside its __init__: tqdm's __del__ then closes nothing
 
 
@@ -69,8 +72,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.errno in DISK_FULL:
-            _exit_with(2, f'error: {no_space(error)}; free some space and run the same command again')
+        if error.errno in DISK_FULL + DRIVE_FAILED:
+            _exit_with(2, f'error: {disk_problem(error)}, then run the same command again')
         if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
                            errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
             _exit_with(2, f'error: {error.strerror}: {error.filename}')
@@ -85,9 +88,11 @@ def run_script(main):
         _exit_with(130, 'interrupted')
 
 
-def no_space(error):
-    """The message for an OSError whose errno is in DISK_FULL."""
-    return f'no space left on the disk while writing {error.filename or "a file"}'
+def disk_problem(error):
+    """The message for an OSError whose errno is in DISK_FULL or DRIVE_FAILED."""
+    if error.errno in DISK_FULL:
+        return f'no space left on the disk while writing {error.filename or "a file"}; make room'
+    return f'{error.strerror}: {error.filename or "a file"}; the drive or network folder may be gone: check it'
 
 
 class StopRequest:

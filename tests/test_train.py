@@ -648,3 +648,24 @@ def test_run_scripts_train_and_test_the_sets_that_are_there(tmp_path, script, ma
         table = (tmp_path / 'run' / 'best' / f'{name}_test_result.txt').read_text()
         assert table.startswith('Metrics:\tpixel_acc') and '\nAverage:\t' in table
         assert list((tmp_path / 'run' / 'best' / f'{name}_segmentation').glob('*_seg.tiff'))
+
+
+@pytest.mark.parametrize('said', [
+    'unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)',
+    "DataLoader worker (pid 9) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    'shared memory. Please try to raise your shared memory limit.'])
+def test_too_little_shared_memory_is_one_line(data, tmp_path, monkeypatch, said):
+    def fail(*_):
+        raise RuntimeError(said)
+    monkeypatch.setattr(torch.optim.Adam, 'step', fail)
+    with pytest.raises(InputError, match='/dev/shm, .* is too small; enlarge it .* --workers 0; nothing was saved'):
+        run(data, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.EFBIG])
+def test_a_drive_that_goes_away_is_one_line(data, tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number), 'train.log')
+    monkeypatch.setattr(run_folder.Run, 'log_epoch', fail)
+    with pytest.raises(InputError, match=f'{os.strerror(number)}: train.log; the drive or network folder may be gone'):
+        run(data, tmp_path / 'run')
