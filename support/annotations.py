@@ -44,14 +44,20 @@ def instance_label_from_xml(xml_path, height, width, layers=()):
             keep = ~holes[number][rows, columns]
             rows, columns = rows[keep], columns[keep]
         instances[rows, columns] = number
-    lost = len(objects) - np.count_nonzero(np.unique(instances))
-    if lost == len(objects):
-        raise InputError(f'{xml_path}: none of its {len(objects)} regions has a pixel in the image of {width} x '
-                         f'{height}; the annotation may be of another image, or of another resolution')
-    if lost:
-        note(f'{name}: {lost} of {len(objects)} regions have no pixel of their own: they have too few vertices, lie '
-             f'outside the image or are hidden under an earlier region')
+    report_lost(len(objects), 'regions', instances, xml_path)
     return instances
+
+
+def report_lost(drawn, kind, instances, path):
+    """Note how many of the `drawn` regions or polygons have no pixel in instances, int (H, W). None is an error."""
+    lost = drawn - np.count_nonzero(np.unique(instances))
+    if lost == drawn:
+        height, width = instances.shape
+        raise InputError(f'{path}: none of its {drawn} {kind} has a pixel in the image of {width} x {height}; the '
+                         f'annotation may be of another image, or of another resolution')
+    if lost:
+        note(f'{Path(path).name}: {lost} of {drawn} {kind} have no pixel of their own: they have too few vertices, lie '
+             f'outside the image or are hidden under an earlier one')
 
 
 class Region(NamedTuple):
@@ -143,13 +149,7 @@ def instance_label_from_geojson(path, height, width):
                 rows, columns = polygon(y - top, x - left, inside.shape)
                 inside[rows, columns] ^= True
             instances[top:bottom, left:right][inside] = number
-    lost = len(polygons) - np.count_nonzero(np.unique(instances))
-    if lost == len(polygons):
-        raise InputError(f'{path}: none of its {len(polygons)} polygons has a pixel in the image of {width} x '
-                         f'{height}; they may be of another image, or of another resolution')
-    if lost:
-        note(f'{Path(path).name}: {lost} of {len(polygons)} polygons have no pixel of their own: they lie outside the '
-             f'image or are hidden under an earlier one')
+    report_lost(len(polygons), 'polygons', instances, path)
     return instances
 
 
