@@ -4,8 +4,8 @@ Edit the defaults here, or set options on the command line: `--batch-size 4`, `-
 `--transform.train.random_affine 0.2`. A default that depends on the data set is `by_dataset(MultiOrgan, GlaS)`.
 """
 from FullNet import LAYER_TYPES, NETWORKS, layer_dilations
-from support.command_line import (CommandLine, Option, boolean, by_dataset, float_pair, gpu_list, int_tuple, numbers,
-                                  show, tta_mode, workers_count)
+from support.command_line import (CommandLine, Option, boolean, by_dataset, float_pair, gpu_list, int_tuple, mpp_word,
+                                  numbers, show, tta_mode, workers_count)
 from support.script import InputError
 
 DATASETS = by_dataset._fields                     # MultiOrgan, GlaS
@@ -65,6 +65,8 @@ TRAIN = dict(
     amp=Option(False, boolean, 'mixed precision: less memory; faster on GPUs and on CPUs with AMX or AVX512_BF16'),
     max_minutes=Option(0.0, float, 'end training after num_epochs or these minutes of steps, whichever comes first; '
                                    '0 = off', at_least=0),
+    mpp=Option(by_dataset(0.25, 0.62), float, 'um: pixel size of the training images, which `test.py --mpp` asks for',
+               at_least=0.001),
     checkpoint_minutes=Option(10.0, float, 'minutes between two saves of the latest checkpoint', at_least=0),
 )
 
@@ -107,6 +109,8 @@ TEST = dict(
                       'checkpoint; by default of the newest run'),
     color_norm=Option(False, boolean, 'give images the colours of the training images, if the checkpoint has them (as '
                                       'the shipped one)'),
+    mpp=Option('', mpp_word, 'um: pixel size of the images, which are scaled to that of the training; auto = what TIFF '
+                             'or OME metadata say'),
     scale_factor=Option(1.0, float, 'resize images for the network: 2 for a scan at 20x and training at 40x',
                         at_least=0.01),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
@@ -181,6 +185,8 @@ class Options(CommandLine):
         if self.script == 'train' and self.train['lr_schedule'] == 'onecycle' and self.train['warmup_epochs']:
             raise InputError(f'--warmup-epochs is {self.train["warmup_epochs"]:g}, but --lr-schedule onecycle has a '
                              f'warm-up of its own; leave it out')
+        if self.script == 'test' and self.test['mpp'] and self.test['scale_factor'] != 1:
+            raise InputError('--mpp and --scale-factor both say how to scale the images; leave one out')
         if self.script == 'test' and 0 < self.test['patch_size'] <= self.test['overlap']:
             raise InputError(f'--overlap is {self.test["overlap"]}; expected less than '
                              f'--patch-size, {self.test["patch_size"]}')

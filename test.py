@@ -20,7 +20,7 @@ from prepare_data import Reinhard_normalizer
 from support.checkpoints import check_mean_std, load_checkpoint, load_mean_std, load_weights
 from support.devices import MixedPrecision, Processes, choose_device, put_on, windows_at_once
 from support.files import results_folder
-from support.images import find_labels, list_images, read_image, read_instance_label, resize_bilinear
+from support.images import find_labels, list_images, pixel_size, read_image, read_instance_label, resize_bilinear
 from support.results import Results
 from support.script import InputError, note, run_script
 from utils import (OverlapTable, accuracy_pixel_level, gland_scores_of, inside_mask, match_objects, nuclei_scores_of,
@@ -31,6 +31,7 @@ METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
     'GlaS': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff'),
 }
+GLAS_HEIGHT = 522        # pixels: the shorter side of most GlaS images, which the transform `scale` is meant for
 PRETRAINED = Path(__file__).parent / 'pretrained' / 'FullNet_MultiOrgan.pth.tar'
 # mean and standard deviation of the published data sets, for published checkpoints, which carry none
 PUBLISHED_MEAN_STD = {
@@ -76,8 +77,9 @@ def main(argv=None):
         if label_path is not None:
             truth = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
         normalized = image if normalizer is None else normalizer.transform(image)
-        bands = probability_bands(model, opt, mean_std, device, normalized)
-        instances, inside, contour = segment_bands(bands, image.shape[:2], opt.post, test['scale_factor'])
+        factor = scale_factor(opt, checkpoint, path)
+        bands = probability_bands(model, opt, mean_std, device, normalized, factor)
+        instances, inside, contour = segment_bands(bands, image.shape[:2], opt.post, factor)
         scores = score(instances, truth, opt.dataset) if truth is not None else None
         if test['save_flag']:
             matches = None if truth is None else match_objects(instances, truth)
@@ -121,9 +123,10 @@ def segment(image, checkpoint, *words):
     device = choose_device(opt.test['gpu'])
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
     normalized = image if normalizer is None else normalizer.transform(image)
-    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, normalized)
+    factor = scale_factor(opt, loaded)
+    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, normalized, factor)
     probabilities = np.concatenate(list(bands))
-    return segment_bands([probabilities], image.shape[:2], opt.post, opt.test['scale_factor'])[0], probabilities
+    return segment_bands([probabilities], image.shape[:2], opt.post, factor)[0], probabilities
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -218,11 +221,31 @@ def load_model(opt, checkpoint, device):
     return put_on(device, model.set_mode('auto', amp=opt.test['amp'])).eval()
 
 
-def probability_bands(model, opt, mean_std, device, image):
+def scale_factor(opt, checkpoint, path=None):
+    """By which an image is enlarged to the pixel size of the training images: --scale-factor, or what --mpp says.
+
+    path: of the image, for --mpp auto. Raises InputError if the weights, or the image, do not say their pixel size.
+    """
+    mpp = opt.test['mpp']
+    if not mpp:
+        return opt.test['scale_factor']
+    trained = checkpoint.get('options', {}).get('train', {}).get('mpp')
+    if not isinstance(trained, (int, float)) or not trained > 0:
+        raise InputError(f'{opt.test["model_path"]} does not say the pixel size of its training images; give '
+                         f'--scale-factor instead of --mpp')
+    if mpp == 'auto':
+        if path is None:
+            raise InputError('--mpp auto needs a file; give --mpp a number of um')
+        mpp = pixel_size(path)
+        note(f'{path.name}: {mpp:.4g} um per pixel, {mpp / trained:.3g} times that of the training images')
+    return mpp / trained
+
+
+def probability_bands(model, opt, mean_std, device, image, factor):
     """Yield the probability maps of an image in bands from top to bottom, float32 (rows, W', classes).
 
-    image: uint8 (H, W, 3). With patch_size 0 the network sees the whole image at once, in one band; else it sees
-    windows.
+    image: uint8 (H, W, 3). factor: `scale_factor`. With patch_size 0 the network sees the whole image at once, in one
+    band; else it sees windows.
     """
     params, test = dict(opt.transform['test']), opt.test
     if params.pop('normalize', False):
@@ -233,7 +256,9 @@ def probability_bands(model, opt, mean_std, device, image):
     precision = MixedPrecision(device, test['amp'], testing=True)
 
     def scaled(image):
-        image = resize(image, test['scale_factor'], test['max_megapixels'])
+        if scale is not None and test['mpp']:                            # what the transform does to images of GlaS
+            return resize(image, factor * opt.transform['test']['scale'] / GLAS_HEIGHT, test['max_megapixels'])
+        image = resize(image, factor, test['max_megapixels'])
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
 
     @torch.inference_mode()
@@ -262,7 +287,7 @@ def resize(image, factor, max_megapixels):
         return image
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])
     if height * width > max_megapixels * 1e6:
-        raise InputError(f'--scale-factor {factor:g} makes an image of {width} x {height} pixels, more than '
+        raise InputError(f'scaled by {factor:g} the image has {width} x {height} pixels, more than '
                          f'{max_megapixels:g} megapixels; make it smaller, or --max-megapixels larger')
     return resize_bilinear(image, (height, width))
 

@@ -69,6 +69,14 @@ def workers_count(word):
     return word if word == 'auto' else int(word)
 
 
+def mpp_word(word):
+    """A pixel size in um, or `auto`."""
+    value = word if word == 'auto' else float(word)
+    if value != 'auto' and not 0 < value < math.inf:
+        raise ValueError('expected a number of um above 0, or auto')
+    return value
+
+
 def int_tuple(words):
     """Whole numbers, separated by spaces or commas, as a tuple of int."""
     return tuple(int(word) for word in ' '.join(words).replace(',', ' ').split())

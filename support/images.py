@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import struct
 import unicodedata
 import zlib
@@ -578,6 +579,36 @@ def labels_by_name(folder):
         if other != path:
             raise InputError(f'{other.name} and {path.name} in {folder} are labels of one image; keep one of them')
     return labels
+
+
+def pixel_size(path):
+    """The pixel size of a TIFF in um, from its OME metadata or its resolution. Raises InputError if it has none.
+
+    A size outside 0.05 to 4 um is refused too: programs write 72 dots per inch where they know none.
+    """
+    size = None
+    try:
+        with tifffile.TiffFile(path) as file:
+            tags = file.pages[0].tags
+            ome = re.search(r'PhysicalSizeX="([^"]+)"', file.ome_metadata or '')
+            if ome:
+                unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', file.ome_metadata)
+                size = float(ome[1]) * {'nm': 1e-3, 'mm': 1e3}.get(unit[1] if unit else 'um', 1)
+            elif 'XResolution' in tags:
+                pixels, units = tags['XResolution'].value
+                unit = int(tags['ResolutionUnit'].value) if 'ResolutionUnit' in tags else 2           # inch
+                imagej = (file.imagej_metadata or {}).get('unit')                                     # in place of 1
+                um = {2: 25_400, 3: 10_000}.get(unit) or {'um': 1, 'micron': 1, '\\u00B5m': 1, 'µm': 1}[imagej]
+                size = um * units / pixels
+    except (tifffile.TiffFileError, KeyError, ValueError, ZeroDivisionError, OSError):
+        pass
+    if size is None:
+        raise InputError(f'{path} does not say its pixel size; expected a TIFF with a resolution, or OME metadata; '
+                         f'give --mpp a number of um')
+    if not 0.05 <= size <= 4:
+        raise InputError(f'{path} says that a pixel is {size:.4g} um; expected 0.05 to 4, as of a microscope; give '
+                         f'--mpp a number of um')
+    return size
 
 
 def resize_bilinear(image, shape):

@@ -707,7 +707,7 @@ def test_refused_mean_std(data, script):
     ('test', ['--overlap', '64'], ['--overlap is 64', 'less than --patch-size, 64']),
     ('test', ['--gpu', '99,100'], ['GPU 99', 'CUDA GPUs were found', '--gpu cpu']),
     ('test', ['--max-megapixels', '0.001'], ['more than max_megapixels = 0.001']),
-    ('test', ['--scale-factor', '1e9'], ['--scale-factor 1e+09 makes an image of 64000000000', 'megapixels']),
+    ('test', ['--scale-factor', '1e9'], ['scaled by 1e+09 the image has 64000000000', 'megapixels']),
     ('train', ['--no-such', '1'], ['--no-such']),
     ('train', ['--val-overlap', '40'], ['--val-overlap is 40', 'less than --input-size, 40']),
     ('train', ['--gpu', '7'], ['GPU 7', 'CUDA GPUs were found']),

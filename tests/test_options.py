@@ -65,7 +65,7 @@ def a_word_for(name, option):
                'input_size': '160', 'patch_size': '160', 'lr_schedule': 'cosine', 'name': 'FCN_pooling',
                'layer_type': 'bottleneck', 'val_fraction': '0.4', 'epoch': '7',
                'fractions': '0.5 0.3 0.2', 'others': 'val', 'workers': '3',
-               'xml_layers': 'nuclei'}
+               'xml_layers': 'nuclei', 'mpp': '0.5'}
     if name in special:
         return special[name]
     default = option.default[0] if isinstance(option.default, tuple) else option.default

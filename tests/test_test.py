@@ -474,7 +474,7 @@ def test_the_memory_of_a_large_image(tmp_path):
                               env=os.environ | {'PYTHONPATH': str(Path(test_script.__file__).parent)},
                               capture_output=True, text=True)
         return float(done.stdout.splitlines()[-1])
-    assert peak_gb(2 ** 20) < 0.4
+    assert peak_gb(2 ** 20) < 0.45                                     # 0.41 with PyTorch 2.6
     label = tifffile.imread(tmp_path / 'out/set_segmentation/large_seg.tiff')
     assert label.max() == 8 * 7                                        # each disc is one object
     assert peak_gb(2 ** 40) > 0.5

@@ -1,0 +1,100 @@
+"""`test.py --mpp`: images are scaled to the pixel size of the training images."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from miniature import SMALL, make_glas, make_multi_organ, nuclei
+from PIL import Image
+
+import test as test_script
+import train
+from support.checkpoints import load_checkpoint
+from support.images import pixel_size
+from support.script import InputError
+
+GOLDEN = Path(__file__).parent / 'golden'
+IMAGE = nuclei(1, 60, 80)[0]
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Checkpoints of both data sets, by name; that of MultiOrgan says 0.25 um, the default, that of GlaS 0.62."""
+    folder = tmp_path_factory.mktemp('weights')
+    for dataset, make in (('MultiOrgan', make_multi_organ), ('GlaS', make_glas)):
+        train.main([*SMALL, '--dataset', dataset, '--data-dir', str(make(folder / dataset)), '--save-dir',
+                    str(folder / f'{dataset}_run'), '--transform.train.scale', '60', '--transform.val.scale', 'none'])
+    return {dataset: folder / f'{dataset}_run/checkpoints/checkpoint.pth.tar' for dataset in ('MultiOrgan', 'GlaS')}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def result(weights, path, *words):
+    """Instances and inside probability of an image."""
+    out = f'out {words}'
+    test_script.main(['--model-path', str(weights), '--img-dir', str(path), '--save-dir', out, '--tta', 'none', '--gpu',
+                      'cpu', '--inside-threshold', '0.3', *words])
+    return [np.asarray(tifffile.imread(p) if p.suffix == '.tiff' else Image.open(p))
+            for p in (next(Path(out).rglob('*_seg.tiff')), next(Path(out).rglob('*_prob_inside.png')))]
+
+
+def with_resolution(path, mpp):
+    tifffile.imwrite(path, IMAGE, photometric='rgb', resolution=(1e4 / mpp, 1e4 / mpp), resolutionunit='CENTIMETER')
+    return path
+
+
+def test_mpp_is_the_scale_factor_to_the_pixel_size_of_the_weights(tmp_path, weights):
+    path = with_resolution(tmp_path / 'a.tif', 0.5)
+    expected = result(weights['MultiOrgan'], path, '--scale-factor', '2')
+    assert expected[1].shape == (120, 160)
+    found = result(weights['MultiOrgan'], path, '--mpp', '0.5')
+    with pytest.warns(UserWarning, match='a.tif: 0.5 um per pixel, 2 times that of the training images'):
+        by_itself = result(weights['MultiOrgan'], path, '--mpp', 'auto')
+    for a, b, c in zip(expected, found, by_itself):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+def test_pixel_size_of_tiffs(tmp_path):
+    assert pixel_size(with_resolution(tmp_path / 'cm.tif', 0.5)) == pytest.approx(0.5)
+    tifffile.imwrite(tmp_path / 'inch.tif', IMAGE, resolution=(25_400 / 0.23, 25_400 / 0.23), resolutionunit='INCH')
+    tifffile.imwrite(tmp_path / 'imagej.tif', IMAGE, imagej=True, resolution=(4, 4), metadata={'unit': 'um'})
+    ome = {'axes': 'YXS', 'PhysicalSizeX': 500, 'PhysicalSizeXUnit': 'nm'}
+    tifffile.imwrite(tmp_path / 'x.ome.tif', IMAGE, metadata=ome)
+    sizes = [pixel_size(tmp_path / name) for name in ('inch.tif', 'imagej.tif', 'x.ome.tif')]
+    assert sizes == pytest.approx([0.23, 0.25, 0.5], rel=1e-4)
+
+
+def test_glands_are_scaled_by_their_pixel_size_instead_of_their_shorter_side(tmp_path, weights):
+    """208 stands for 522 pixels of 0.62 um: a strip of a gland image is not enlarged to 208."""
+    Image.fromarray(np.tile(IMAGE, (3, 3, 1))).save(tmp_path / 'a.png')                       # 180 x 240
+    for mpp in (0.62, 1.24):
+        instances, inside = result(weights['GlaS'], tmp_path / 'a.png', '--mpp', str(mpp))
+        assert inside.shape == tuple(round(side * mpp / 0.62 * 208 / 522) for side in (180, 240))
+        assert instances.shape == (180, 240)
+
+
+def test_one_s_own_pixel_size_is_stored(tmp_path, weights):
+    data = make_multi_organ(tmp_path / 'data')
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', 'run', '--mpp', '0.4'])
+    assert load_checkpoint('run/checkpoints/checkpoint.pth.tar')['options']['train']['mpp'] == 0.4
+    assert load_checkpoint(weights['GlaS'])['options']['train']['mpp'] == 0.62
+
+
+def test_what_does_not_say_its_pixel_size_is_refused(tmp_path, weights):
+    Image.fromarray(IMAGE).save(tmp_path / 'a.png', dpi=(72, 72))
+    with_resolution(tmp_path / 'b.tif', 25_400 / 72)
+    (tmp_path / 'c').mkdir()
+    tifffile.imwrite(tmp_path / 'c/c.tif', IMAGE)
+    ours, golden = weights['MultiOrgan'], str(GOLDEN / 'tiny_checkpoint.pth.tar')
+    for path, model, words, message in (
+            ('a.png', ours, '--mpp auto', 'a.png does not say its pixel size; .* --mpp a number'),
+            ('b.tif', ours, '--mpp auto', 'b.tif says that a pixel is 352.8 um; expected 0.05 to 4'),
+            ('c/c.tif', ours, '--mpp auto', 'c.tif does not say its pixel size'),                      # 1, of no unit
+            ('a.png', golden, '--mpp 0.5 --n-layers 4 --growth-rate 8', 'tiny_.* does not say the pixel size of its'),
+            ('a.png', ours, '--mpp 0.5 --scale-factor 2', '--mpp and --scale-factor both say'),
+            ('a.png', ours, '--mpp 0', "--mpp is '0'; expected a number of um above 0, or auto")):
+        with pytest.raises(InputError, match=message):
+            result(model, tmp_path / path, *words.split())
