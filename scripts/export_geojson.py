@@ -1,12 +1,14 @@
 """Turn the instance labels that test.py writes into GeoJSON, which QuPath opens as detections over the image.
 
     python scripts/export_geojson.py RESULTS [--out DIR] [--gzip] [--class-name Nucleus] [--offset X Y]
+        [--downsample 1]
 
 RESULTS is one {name}_seg.tiff or a folder of them ({set}_segmentation). Each becomes {name}.geojson (.geojson.gz with
 --gzip), which replaces an earlier one. Outlines run along the pixel borders, so nothing of the label is lost. Where
 {name}_objects.csv lies beside the label, its numbers become measurements of the objects. Coordinates are pixels of the
-image, from its top left corner. For a region that was exported from a slide at its full resolution, --offset, where
-its corner lies in the slide, moves the outlines there; the measurements stay those of the region.
+image, from its top left corner. For a region that was exported from a slide, --offset, where its corner
+lies in the slide, moves the outlines there, and --downsample, by which it was shrunk, enlarges them; the measurements
+stay those of the region.
 """
 import csv
 import gzip
@@ -76,10 +78,11 @@ def outline(mask, top=0, left=0):
     return rings
 
 
-def object_outlines(label, offset=(0, 0)):
+def object_outlines(label, offset=(0, 0), downsample=1):
     """Yield (id, area in pixels, [rings of `outline` for each 4-connected part]) in order of ids.
 
-    label: int (H, W). offset: (x, y) of its top left corner.
+    label: int (H, W). offset: (x, y) of its top left corner in the slide. downsample: pixels of the slide to one of the
+    label, in each direction.
     """
     parts, count = measure.label(label, background=0, connectivity=1, return_num=True)
     owner = np.zeros(count + 1, dtype=label.dtype)
@@ -92,7 +95,9 @@ def object_outlines(label, offset=(0, 0)):
             rows, columns = boxes[part - 1]
             mask = parts[rows, columns] == part
             area += int(mask.sum())
-            polygons.append(outline(mask, rows.start + offset[1], columns.start + offset[0]))
+            rings = outline(mask, rows.start, columns.start)
+            polygons.append([[[x * downsample + offset[0], y * downsample + offset[1]] for x, y in ring]
+                             for ring in rings])
         yield number, area, polygons
 
 
@@ -136,15 +141,15 @@ def _is_number(text):
 
 # GeoJSON
 
-def features(label, name, class_name='Nucleus', table=None, source='the label', offset=(0, 0)):
+def features(label, name, class_name='Nucleus', table=None, source='the label', offset=(0, 0), downsample=1):
     """Yield one QuPath detection, a GeoJSON feature as a dict, for each object of a label, int (H, W), by its id.
 
     name: of the image; with an object's id it fixes the feature's UUID. table: more measurements, `read_measurements`
-    of the file `source`. offset: (x, y) of the label's corner, for the outlines. Raises InputError if label and table
+    of the file `source`. offset, downsample: of `object_outlines`. Raises InputError if label and table
     are not of the same objects.
     """
     missing = set(table or ())
-    for number, area, polygons in object_outlines(label, offset):
+    for number, area, polygons in object_outlines(label, offset, downsample):
         measured = {} if table is None else table.get(number)
         if measured is None or measured.get('area', area) != area:
             found = 'no row for it' if measured is None else f'the area {measured["area"]}'
@@ -183,6 +188,12 @@ def write_geojson(path, collection):
     return count
 
 
+def number(word):
+    """A number, whole if it can be: outlines then stay whole numbers."""
+    value = float(word)
+    return int(value) if value.is_integer() else value
+
+
 def result_files(results):
     """The label file `results`, or those in the folder `results`, sorted. Raises InputError if there is none."""
     results = Path(results)
@@ -210,7 +221,12 @@ def main(argv=None):
     parser.add_argument('--class-name', default='Nucleus', help='class of the objects in QuPath (default: %(default)s)')
     parser.add_argument('--offset', type=int, nargs=2, default=(0, 0), metavar=('X', 'Y'),
                         help='pixels: where the top left corner of the image lies in its slide (default: 0 0)')
+    parser.add_argument('--downsample', type=number, default=1, metavar='F',
+                        help='by which the image was shrunk when it was exported from its slide, such as 2 or 4 '
+                             '(default: 1)')
     args = parser.parse_args(argv)
+    if not 0 < args.downsample < math.inf:
+        raise InputError(f'--downsample is {args.downsample}; expected a number above 0, such as 2')
     if not args.class_name.strip():
         raise InputError('--class-name is empty; expected the name of a class, such as Nucleus')
 
@@ -225,7 +241,8 @@ def main(argv=None):
         name = path.name.removesuffix(LABEL_ENDING)
         source = path.with_name(name + TABLE_ENDING)
         table = read_measurements(source) if source.exists() else None
-        collection = features(read_instance_label(path), name, args.class_name, table, source, args.offset)
+        collection = features(read_instance_label(path), name, args.class_name, table, source, args.offset,
+                              args.downsample)
         count += write_geojson(out / f'{name}.geojson{".gz" * args.gzip}', collection)
     print(f'{count} objects of {len(files)} labels written to {out}')
 

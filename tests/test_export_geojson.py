@@ -255,6 +255,22 @@ def test_a_folder_is_exported_to_another_one(tmp_path, capsys):
     assert f'4 objects of 2 labels written to {tmp_path / "deep" / "out"}' in capsys.readouterr().out
 
 
+def test_downsample_enlarges_the_outlines_to_the_slide(tmp_path):
+    label = np.zeros((6, 8), np.int32)
+    label[1:3, 2:5] = 1
+    for factor, whole in (('4', True), ('2.5', False)):
+        words = ['--downsample', factor, '--offset', '100', '7']
+        moved = json.loads(export(label, tmp_path, words=words))['features'][0]
+        x, y = np.array(moved['geometry']['coordinates'][0]).T
+        f = float(factor)
+        assert (x.min(), x.max(), y.min(), y.max()) == (100 + 2 * f, 100 + 5 * f, 7 + f, 7 + 3 * f)
+        assert moved['properties']['measurements']['area'] == 6
+        assert all(isinstance(v, int) for v in moved['geometry']['coordinates'][0][0]) == whole
+    for word in ('0', 'nan', '-1'):
+        with pytest.raises(InputError, match='--downsample is .*; expected a number above 0'):
+            export(label, tmp_path, words=[f'--downsample={word}'])
+
+
 def test_an_offset_moves_the_outlines_of_one_image(tmp_path):
     label = picture('33.8', '3..8')
     plain = json.loads(export(label, tmp_path))['features']
