@@ -7,7 +7,6 @@ import re
 import struct
 import unicodedata
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -422,15 +421,16 @@ def _instances_of(label, path, binary_labels):
     the pixels, is in several pieces. And of more than 16 values the largest does not have most of the pixels, as it has
     in a mask of one object with grey edges.
     """
-    values, areas = np.unique(label, return_counts=True)
-    values, areas = values[values > 0], areas[values > 0]
-    n_values = len(values)
-    if n_values == 0:
+    if not label.any():
         note(f'{path.name}: the label has no object')
         return label
     pieces = measure.label(label, background=0, connectivity=2)
-    value_of_piece = label.ravel()[np.unique(pieces, return_index=True)[1]]
-    in_pieces = np.isin(values, [value for value, n in Counter(value_of_piece.tolist()).items() if n > 1])
+    value_of_piece = np.zeros(pieces.max() + 1, np.int32)
+    value_of_piece[pieces] = label
+    sizes = sum(np.bincount(pieces[top:top + 2048].ravel(), minlength=len(value_of_piece))        # bands save memory
+                for top in range(0, len(pieces), 2048))
+    values, value_number, n_pieces = np.unique(value_of_piece[1:], return_inverse=True, return_counts=True)
+    areas, in_pieces, n_values = np.bincount(value_number, sizes[1:]), n_pieces > 1, len(values)
     half_of_all = areas.sum() / 2
     in_many_pieces = in_pieces.sum() > 1 and areas[in_pieces].sum() >= half_of_all
     is_instance_label = n_values > 1 and not in_many_pieces and not (n_values > 16 and areas[-1] > half_of_all)
