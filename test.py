@@ -20,12 +20,12 @@ from prepare_data import Reinhard_normalizer
 from support.checkpoints import check_mean_std, load_checkpoint, load_mean_std, load_weights
 from support.devices import MixedPrecision, Processes, choose_device, put_on, windows_at_once
 from support.files import results_folder
-from support.images import find_labels, list_images, pixel_size, read_image, read_instance_label, resize_bilinear
+from support.images import find_labels, list_images, pixel_size, read_image, read_instance_label, resize_by
+from support.objects import OverlapTable, overlap_table
 from support.results import Results
 from support.script import InputError, note, run_script
-from utils import (OverlapTable, accuracy_pixel_level, gland_scores_of, inside_mask, match_objects, nuclei_scores_of,
-                   overlap_table, pool, post_process, predict_in_bands, predict_probabilities, standard_metrics_of,
-                   zero_pad)
+from utils import (accuracy_pixel_level, gland_scores_of, inside_mask, match_objects, nuclei_scores_of, post_process,
+                   predict_in_bands, predict_probabilities, standard_metrics_of, zero_pad)
 
 METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
@@ -99,7 +99,7 @@ def main(argv=None):
                 raise InputError(f'no record of {path} in {out.folder}, though another process finished it; all '
                                  f'processes must write into one folder, which all machines see')
         names = [path.stem for path in images]
-        pooled = standard_metrics_of(pool([stored_table(out.records[name]['overlaps']) for name in names]))
+        pooled = standard_metrics_of(out.pooled_overlaps(names))
         print(out.save_tables(names, METRICS[opt.dataset], pooled), end='')
     out.lock.release()
     print(f'{len(images)} images; results in {out.folder}')
@@ -257,8 +257,8 @@ def probability_bands(model, opt, mean_std, device, image, factor):
 
     def scaled(image):
         if scale is not None and test['mpp']:                            # what the transform does to images of GlaS
-            return resize(image, factor * opt.transform['test']['scale'] / GLAS_HEIGHT, test['max_megapixels'])
-        image = resize(image, factor, test['max_megapixels'])
+            return resize_by(image, factor * opt.transform['test']['scale'] / GLAS_HEIGHT, test['max_megapixels'])
+        image = resize_by(image, factor, test['max_megapixels'])
         return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
 
     @torch.inference_mode()
@@ -279,17 +279,6 @@ def probability_bands(model, opt, mean_std, device, image, factor):
             oriented = scaled(oriented)
             return predict([oriented], oriented.shape[:2])[0]
         yield predict_probabilities(whole, image, test['tta'])
-
-
-def resize(image, factor, max_megapixels):
-    """Resize an image, uint8 (H, W, 3), by a factor. Raises InputError above max_megapixels."""
-    if factor == 1:
-        return image
-    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
-    if height * width > max_megapixels * 1e6:
-        raise InputError(f'scaled by {factor:g} the image has {width} x {height} pixels, more than '
-                         f'{max_megapixels:g} megapixels; make it smaller, or --max-megapixels larger')
-    return resize_bilinear(image, (height, width))
 
 
 def segment_bands(bands, image_shape, post, scale_factor=1):
@@ -329,12 +318,6 @@ def score(instances, truth, dataset):
     object_level = nuclei_scores_of(table) if dataset == 'MultiOrgan' else gland_scores_of(table)
     return Scores([float(pixel_acc), *map(float, object_level)], standard_metrics_of(table),
                   table._replace(pred_map=None, gt_map=None))
-
-
-def stored_table(stored):
-    """The OverlapTable, without its maps, from the dict of lists in the record of an image."""
-    return OverlapTable(None, None, **{field: value if isinstance(value, int) else np.array(
-        value, float if field == 'iou' else int) for field, value in stored.items()})
 
 
 if __name__ == '__main__':

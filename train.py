@@ -63,7 +63,7 @@ def main(argv=None):
     common = dict(collate_fn=batch_items, worker_init_fn=start_loader, generator=torch.Generator(),
                   pin_memory=processes.device.type == 'cuda')
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=workers, **common)
-    val_loader = DataLoader(val_set, sampler=own_images(len(val_set), processes), num_workers=min(1, workers),
+    val_loader = DataLoader(val_set, sampler=processes.own_images(len(val_set)), num_workers=min(1, workers),
                             persistent_workers=workers > 0, **common)
 
     # 3. network, loss, optimizer
@@ -214,15 +214,6 @@ def validate(setup, model, loader):
         stop.check(run.save_before_stop)
     sums = torch.stack(results).double().sum(0).tolist() if results else [0.0] * 3
     return [value / n_images for value in processes.sums(sums)], pictures
-
-
-def own_images(n_images, processes):
-    """Indices of the images that this process validates, list of int.
-
-    All processes get equally many, because they wait for each other; the last image may be repeated for that.
-    """
-    return [min(i, n_images - 1) for i in
-            range(processes.rank, -(-n_images // processes.count) * processes.count, processes.count)]
 
 
 def to_device(batch, device, use_weight_map):

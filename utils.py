@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-from skimage import measure, morphology, segmentation
+from skimage import morphology, segmentation
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint  # noqa: F401  (imported from here, as in the published code)
-from support.hausdorff import ObjectShapes, hausdorff_distances, nearest_object_distances
 from support.images import resize_bilinear
-from support.script import InputError
+from support.objects import (ObjectShapes, check_labels, hausdorff_distances, nearest_object_distances, overlap_table,
+                             table_of, without_small_gt)
 
 # ---------------------------------------------------------------------------------------------------
 # Sliding window
@@ -276,7 +276,7 @@ def dilate(instances, radius, rows=2048):
 # ---------------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------------
-# Every object-level metric is computed from the table of overlapping objects (`overlap_table`).
+# Every object-level metric is computed from the table of overlapping objects (`overlap_table` of support/objects.py).
 # Scores of images without a pair of overlapping objects (H = Hausdorff distance):
 #
 #                             nuclei                      gland                       standard
@@ -325,7 +325,7 @@ def accuracy_pixel_level(output, target):
     (recall + specificity) / 2. A ratio without a pixel in its denominator is 0.
     Raises InputError for arrays of other types, negative values or different shapes.
     """
-    output, target = (labels.reshape(len(labels), -1) == 1 for labels in _checked(output, target, '(B, H, W)'))
+    output, target = (labels.reshape(len(labels), -1) == 1 for labels in check_labels(output, target, '(B, H, W)'))
     tp = (output & target).sum(1)
     tn = (~output & ~target).sum(1)
     fp = (output & ~target).sum(1)
@@ -378,7 +378,7 @@ def gland_accuracy_object_level(pred, gt):
 
 def gland_scores_of(table):
     """`gland_accuracy_object_level` from an `OverlapTable` with its maps."""
-    table = _without_small_gt(table, MIN_GLAND_AREA)
+    table = without_small_gt(table, MIN_GLAND_AREA)
     if table.n_pred == table.n_gt == 0:
         return GlandScores(1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     pred_pairs = _best_pairs(table.pred, table.intersection, table.gt)
@@ -432,101 +432,15 @@ def standard_metrics_of(table):
     }
 
 
-class OverlapTable(NamedTuple):
-    """Two label maps and all pairs of objects that overlap. Objects are numbered from 1."""
-    pred_map: np.ndarray                           # (H, W) 0 = background, 1..n_pred in raster order of first pixels
-    gt_map: np.ndarray
-    n_pred: int
-    n_gt: int
-    pred_area: np.ndarray                          # (n_pred + 1,) pixels of each object, [0] is 0
-    gt_area: np.ndarray
-    pred: np.ndarray                               # (n_pairs,) the objects of each pair
-    gt: np.ndarray
-    intersection: np.ndarray                       # (n_pairs,) pixels
-    union: np.ndarray
-    iou: np.ndarray
-
-
-def pool(tables):
-    """Join the `OverlapTable`s of several images, as if these were one large image. The result has no maps."""
-    n_pred, n_gt = (np.cumsum([0] + [getattr(table, name) for table in tables]) for name in ('n_pred', 'n_gt'))
-    areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)])
-             for name in ('pred_area', 'gt_area')]
-    ids = [np.concatenate([[], *(getattr(table, name) + before for table, before in zip(tables, counts))]).astype(int)
-           for name, counts in (('pred', n_pred), ('gt', n_gt))]
-    rest = [np.concatenate([[], *(getattr(table, name) for table in tables)])
-            for name in ('intersection', 'union', 'iou')]
-    return OverlapTable(None, None, int(n_pred[-1]), int(n_gt[-1]), *areas, *ids, *rest)
-
-
 def match_objects(pred, gt):
     """Match the objects of two label maps one-to-one, pairs of highest IoU first. pred, gt: int (H, W), 0 = background.
 
     All pixels of one id are one object, also in several pieces. Returns {id in pred: (id in gt, IoU)}.
     """
     (pred_map, _, pred_ids), (gt_map, _, gt_ids) = map(segmentation.relabel_sequential, (pred, gt))
-    table = _table(pred_map, np.bincount(pred_map.ravel()), gt_map, np.bincount(gt_map.ravel()))
+    table = table_of(pred_map, np.bincount(pred_map.ravel()), gt_map, np.bincount(gt_map.ravel()))
     pairs = _one_to_one(table, np.lexsort((table.gt, table.pred, -table.iou)))
     return {int(pred_ids[table.pred[i]]): (int(gt_ids[table.gt[i]]), float(table.iou[i])) for i in pairs}
-
-
-def overlap_table(pred, gt):
-    """The `OverlapTable` of two label maps. Objects are their 8-connected regions of one value.
-
-    pred, gt: integer or bool (H, W), 0 = background; ids may have any order and gaps. Raises InputError as
-    `accuracy_pixel_level` does.
-    """
-    (pred_map, pred_area), (gt_map, gt_area) = map(_regions, _checked(pred, gt, '(H, W)'))
-    return _table(pred_map, pred_area, gt_map, gt_area)
-
-
-def _table(pred_map, pred_area, gt_map, gt_area):
-    """`OverlapTable` of two maps whose objects are numbered without gaps, and their areas."""
-    both = (pred_map > 0) & (gt_map > 0)
-    codes = gt_map[both].astype(np.int64) * len(pred_area) + pred_map[both]
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # starts of runs; sorting runs is faster than pixels
-    codes, runs = np.unique(codes[starts], return_inverse=True)
-    intersection = np.bincount(runs, np.diff(starts, append=np.count_nonzero(both)), len(codes)).astype(int)
-    gt_ids, pred_ids = np.divmod(codes, len(pred_area))
-    union = gt_area[gt_ids] + pred_area[pred_ids] - intersection
-    return OverlapTable(pred_map, gt_map, len(pred_area) - 1, len(gt_area) - 1, pred_area, gt_area,
-                        pred_ids, gt_ids, intersection, union, intersection / union)
-
-
-def _regions(labels):
-    """Regions of equal value, int32 (H, W), numbered in raster order of their first pixel, and areas (n + 1,).
-
-    The area of the background, [0], is set to 0.
-    """
-    regions = measure.label(labels, background=0, connectivity=2).astype(np.int32)
-    area = np.bincount(regions.ravel())
-    area[0] = 0
-    return regions, area
-
-
-def _without_small_gt(table, min_area):
-    """The table without ground-truth objects under `min_area` pixels; the others are renumbered without gaps."""
-    keep = table.gt_area >= min_area                          # the background, [0], has the area 0
-    new_id = np.cumsum(keep, dtype=np.int32) * keep
-    pairs = keep[table.gt]
-    return table._replace(gt_map=new_id[table.gt_map], n_gt=int(keep.sum()), gt_area=np.append(0, table.gt_area[keep]),
-                          gt=new_id[table.gt[pairs]],
-                          **{name: getattr(table, name)[pairs] for name in ('pred', 'intersection', 'union', 'iou')})
-
-
-def _checked(pred, gt, axes):
-    """Both as arrays. Raises InputError unless both hold non-negative integers and have one shape with these axes."""
-    pred, gt = np.asarray(pred), np.asarray(gt)
-    for name, array in (('prediction', pred), ('ground truth', gt)):
-        if array.dtype.kind not in 'bui':
-            raise InputError(f'{name}: expected an array of integer labels, found {array.dtype}')
-        if array.ndim != len(axes.split(',')) or array.size == 0:
-            raise InputError(f'{name}: expected a non-empty array of shape {axes}, found shape {array.shape}')
-        if array.min() < 0:
-            raise InputError(f'{name}: expected labels of 0 (background) and up, found {array.min()}')
-    if pred.shape != gt.shape:
-        raise InputError(f'prediction and ground truth differ in shape: {pred.shape} and {gt.shape}')
-    return pred, gt
 
 
 def _detection_scores(tp, table):

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options import Options  # noqa: E402
 from support.files import write_text  # noqa: E402
 from support.images import find_labels, read_instance_label  # noqa: E402
+from support.objects import overlap_table  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
-from utils import overlap_table, post_process, remove_small_components, standard_metrics_of  # noqa: E402
+from utils import post_process, remove_small_components, standard_metrics_of  # noqa: E402
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
 CHOICES = {

@@ -115,6 +115,13 @@ class Processes:
             for tensor in tensors:
                 distributed.broadcast(tensor, 0)
 
+    def own_images(self, n_images):
+        """Indices of the images that this process validates, list of int.
+
+        All processes get equally many, because they wait for each other; the last image may be repeated for that.
+        """
+        return [min(i, n_images - 1) for i in range(self.rank, -(-n_images // self.count) * self.count, self.count)]
+
     def wait(self):
         """Wait until every process has called this."""
         self.largest(0)

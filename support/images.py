@@ -614,3 +614,14 @@ def pixel_size(path):
 def resize_bilinear(image, shape):
     """Resize an image, uint8 (H, W) or (H, W, 3), bilinearly (Pillow, antialiased) to shape = (H0, W0)."""
     return np.array(Image.fromarray(image).resize(shape[::-1], Image.BILINEAR))
+
+
+def resize_by(image, factor, max_megapixels):
+    """Resize an image, uint8 (H, W, 3), by a factor, bilinearly. Raises InputError above max_megapixels."""
+    if factor == 1:
+        return image
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    if height * width > max_megapixels * 1e6:
+        raise InputError(f'scaled by {factor:g} the image has {width} x {height} pixels, more than '
+                         f'{max_megapixels:g} megapixels; make it smaller, or --max-megapixels larger')
+    return resize_bilinear(image, (height, width))

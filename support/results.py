@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from support.files import FolderLock, save_image, save_instances, sha256_of, write_text
 from support.images import resize_bilinear
+from support.objects import OverlapTable, pool
 from support.pictures import colour_instances, draw_overlay
 
 PUBLISHED = 'published code, mean over images: '
@@ -126,6 +127,12 @@ class Results:
         self.records[name] = record
         self.lock.check()
         write_text(self.path('records', name, '.json'), json.dumps(record) + '\n')
+
+    def pooled_overlaps(self, names):
+        """The OverlapTable of the images with these names, as if they were one image; from their records."""
+        return pool([OverlapTable(None, None, **{
+            field: value if isinstance(value, int) else np.array(value, float if field == 'iou' else int)
+            for field, value in self.records[name]['overlaps'].items()}) for name in names])
 
     def save_tables(self, names, columns, pooled):
         """Write {set}_test_result.txt as published, {set}_metrics.csv and {set}_metrics.json. Returns the first's text.

@@ -12,11 +12,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial.distance import directed_hausdorff
 
-import utils
-from support import hausdorff
+from support import objects
+from support.objects import overlap_table, pool
 from support.script import InputError
-from utils import (AverageMeter, accuracy_pixel_level, gland_accuracy_object_level, gland_scores_of, match_objects,
-                   nuclei_accuracy_object_level, nuclei_scores_of, overlap_table, pool, standard_metrics,
+from utils import (AverageMeter, _largest_iou_sum_pairs, accuracy_pixel_level, gland_accuracy_object_level,
+                   gland_scores_of, match_objects, nuclei_accuracy_object_level, nuclei_scores_of, standard_metrics,
                    standard_metrics_of)
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -242,8 +242,8 @@ def test_small_maps_like_the_slow_version(pair):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(small_pairs)
 def test_aji_plus_pairs_have_the_largest_sum_of_iou(pair):
-    table = utils.overlap_table(*pair)
-    pairs = utils._largest_iou_sum_pairs(table)
+    table = overlap_table(*pair)
+    pairs = _largest_iou_sum_pairs(table)
     assert len(set(table.gt[pairs])) == len(set(table.pred[pairs])) == len(pairs)
     dense = np.zeros((table.n_gt, table.n_pred))
     dense[table.gt - 1, table.pred - 1] = table.iou
@@ -262,7 +262,7 @@ def test_blobs_like_the_slow_version(seed):
 def test_hausdorff_distances_in_pieces_are_those_of_all_at_once(monkeypatch):
     pred, gt = blob_pair(2)
     expected = nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)
-    monkeypatch.setattr(hausdorff, 'PIXELS_AT_ONCE', 50)
+    monkeypatch.setattr(objects, 'PIXELS_AT_ONCE', 50)
     assert (nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)) == expected
 
 
@@ -438,13 +438,13 @@ def test_pieces_of_one_id_are_objects_and_touching_ids_are_not_merged():
     two_ids = square((10, 20), (1, 1, 3, 3), (1, 10, 3, 3))
     assert np.array_equal(all_scores(one_id, two_ids), all_scores(two_ids, two_ids))
     touching = square((10, 20), (1, 1, 3, 3), (1, 4, 3, 3))
-    assert utils.overlap_table(touching, touching).n_gt == 2
-    assert utils.overlap_table(np.eye(5, dtype=int), np.eye(5, dtype=int)).n_gt == 1         # diagonal neighbours
+    assert overlap_table(touching, touching).n_gt == 2
+    assert overlap_table(np.eye(5, dtype=int), np.eye(5, dtype=int)).n_gt == 1         # diagonal neighbours
 
 
 @pytest.mark.parametrize('seed', range(4))
 def test_swapping_prediction_and_ground_truth(seed, monkeypatch):
-    monkeypatch.setattr(utils, 'MIN_GLAND_AREA', 1)          # which only the ground truth has
+    monkeypatch.setattr('utils.MIN_GLAND_AREA', 1)          # which only the ground truth has
     pred, gt = blob_pair(seed)
     there, back = standard_metrics(pred, gt), standard_metrics(gt, pred)
     for key in ('aji_plus', 'pq', 'dq', 'sq', 'f1', 'ap50', 'map', 'dice'):

@@ -1,13 +1,111 @@
-"""Exact Hausdorff distances of many pairs of objects at a time."""
+"""The objects of two label maps: which of them overlap, and how far they are apart (exact Hausdorff distances)."""
+from typing import NamedTuple
+
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
+from skimage import measure
 
 from support.pictures import find_edges
+from support.script import InputError
 
 NO_OBJECT_HAUSDORFF = 1e5                          # pixels: distance to an image without objects, as published (GlaS)
 PIXELS_AT_ONCE = 2 ** 23                           # objects with about so many pixels together are computed at a time
 
+
+# ---------------------------------------------------------------------------------------------------
+# Overlaps
+# ---------------------------------------------------------------------------------------------------
+
+class OverlapTable(NamedTuple):
+    """Two label maps and all pairs of objects that overlap. Objects are numbered from 1."""
+    pred_map: np.ndarray                           # (H, W) 0 = background, 1..n_pred in raster order of first pixels
+    gt_map: np.ndarray
+    n_pred: int
+    n_gt: int
+    pred_area: np.ndarray                          # (n_pred + 1,) pixels of each object, [0] is 0
+    gt_area: np.ndarray
+    pred: np.ndarray                               # (n_pairs,) the objects of each pair
+    gt: np.ndarray
+    intersection: np.ndarray                       # (n_pairs,) pixels
+    union: np.ndarray
+    iou: np.ndarray
+
+
+def pool(tables):
+    """Join the `OverlapTable`s of several images, as if these were one large image. The result has no maps."""
+    n_pred, n_gt = (np.cumsum([0] + [getattr(table, name) for table in tables]) for name in ('n_pred', 'n_gt'))
+    areas = [np.concatenate([[0], *(getattr(table, name)[1:] for table in tables)])
+             for name in ('pred_area', 'gt_area')]
+    ids = [np.concatenate([[], *(getattr(table, name) + before for table, before in zip(tables, counts))]).astype(int)
+           for name, counts in (('pred', n_pred), ('gt', n_gt))]
+    rest = [np.concatenate([[], *(getattr(table, name) for table in tables)])
+            for name in ('intersection', 'union', 'iou')]
+    return OverlapTable(None, None, int(n_pred[-1]), int(n_gt[-1]), *areas, *ids, *rest)
+
+
+def overlap_table(pred, gt):
+    """The `OverlapTable` of two label maps. Objects are their 8-connected regions of one value.
+
+    pred, gt: integer or bool (H, W), 0 = background; ids may have any order and gaps. Raises InputError as
+    `accuracy_pixel_level` does.
+    """
+    (pred_map, pred_area), (gt_map, gt_area) = map(_regions, check_labels(pred, gt, '(H, W)'))
+    return table_of(pred_map, pred_area, gt_map, gt_area)
+
+
+def table_of(pred_map, pred_area, gt_map, gt_area):
+    """`OverlapTable` of two maps whose objects are numbered without gaps, and their areas."""
+    both = (pred_map > 0) & (gt_map > 0)
+    codes = gt_map[both].astype(np.int64) * len(pred_area) + pred_map[both]
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))          # starts of runs; sorting runs is faster than pixels
+    codes, runs = np.unique(codes[starts], return_inverse=True)
+    intersection = np.bincount(runs, np.diff(starts, append=np.count_nonzero(both)), len(codes)).astype(int)
+    gt_ids, pred_ids = np.divmod(codes, len(pred_area))
+    union = gt_area[gt_ids] + pred_area[pred_ids] - intersection
+    return OverlapTable(pred_map, gt_map, len(pred_area) - 1, len(gt_area) - 1, pred_area, gt_area,
+                        pred_ids, gt_ids, intersection, union, intersection / union)
+
+
+def _regions(labels):
+    """Regions of equal value, int32 (H, W), numbered in raster order of their first pixel, and areas (n + 1,).
+
+    The area of the background, [0], is set to 0.
+    """
+    regions = measure.label(labels, background=0, connectivity=2).astype(np.int32)
+    area = np.bincount(regions.ravel())
+    area[0] = 0
+    return regions, area
+
+
+def without_small_gt(table, min_area):
+    """The table without ground-truth objects under `min_area` pixels; the others are renumbered without gaps."""
+    keep = table.gt_area >= min_area                          # the background, [0], has the area 0
+    new_id = np.cumsum(keep, dtype=np.int32) * keep
+    pairs = keep[table.gt]
+    return table._replace(gt_map=new_id[table.gt_map], n_gt=int(keep.sum()), gt_area=np.append(0, table.gt_area[keep]),
+                          gt=new_id[table.gt[pairs]],
+                          **{name: getattr(table, name)[pairs] for name in ('pred', 'intersection', 'union', 'iou')})
+
+
+def check_labels(pred, gt, axes):
+    """Both as arrays. Raises InputError unless both hold non-negative integers and have one shape with these axes."""
+    pred, gt = np.asarray(pred), np.asarray(gt)
+    for name, array in (('prediction', pred), ('ground truth', gt)):
+        if array.dtype.kind not in 'bui':
+            raise InputError(f'{name}: expected an array of integer labels, found {array.dtype}')
+        if array.ndim != len(axes.split(',')) or array.size == 0:
+            raise InputError(f'{name}: expected a non-empty array of shape {axes}, found shape {array.shape}')
+        if array.min() < 0:
+            raise InputError(f'{name}: expected labels of 0 (background) and up, found {array.min()}')
+    if pred.shape != gt.shape:
+        raise InputError(f'prediction and ground truth differ in shape: {pred.shape} and {gt.shape}')
+    return pred, gt
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hausdorff distances
+# ---------------------------------------------------------------------------------------------------
 
 class ObjectShapes:
     """The pixels of the objects 1..n of a label map, int (H, W), as the functions below need them.
