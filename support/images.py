@@ -289,9 +289,11 @@ def _three_planes(image, path):
 
     None for any other file.
     """
-    if image.format != 'TIFF' or image.mode != 'L' or getattr(image, 'n_frames', 1) != 3:
+    if image.format != 'TIFF' or image.mode != 'L':
         return None
     try:
+        if image.n_frames != 3:
+            return None
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
             if series.axes == 'CYX' and len(series.shape) == 3 and series.dtype == np.uint8:

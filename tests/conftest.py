@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'scripts')]
+
+settings.register_profile('same examples in every run', derandomize=True, deadline=None)
+settings.load_profile('same examples in every run')
 
 # the networks here are tiny: threads would only wait for each other
 torch.set_num_threads(1)
