@@ -24,20 +24,18 @@ def window_grid(length, size, overlap):
     """Windows along one side of an image. The stride is size - overlap.
 
     Returns the padded length and a list of (start, stop, first, end), in pixels: a window reads [start, stop) and
-    writes [first, end). It does not write its outer overlap // 2 pixels, except at the border of the padded image. A
-    side of at most `size` pixels is one window; a longer one is padded at its end to whole windows.
+    writes [first, end). It does not write its first overlap // 2 pixels, except at the border, and where two windows
+    would write, the later one does. A side of at most `size` pixels is one window; a longer one is padded at its end to
+    whole windows.
     """
     if length <= size:
         return length, [(0, length, 0, length)]
     stride = size - overlap
     padded = length + stride - (length - size) % stride
-    windows = []
-    for start in range(0, padded - overlap, stride):
-        stop = min(start + size, padded)
-        first = start + overlap // 2 if start > 0 else 0
-        end = stop - overlap // 2 if stop < padded else padded
-        windows.append((start, stop, first, end))
-    return padded, windows
+    starts = range(0, padded - overlap, stride)
+    firsts = [start + overlap // 2 if start > 0 else 0 for start in starts]
+    ends = [*firsts[1:], padded]
+    return padded, [(start, start + size, first, end) for start, first, end in zip(starts, firsts, ends)]
 
 
 class Window(NamedTuple):
@@ -61,11 +59,9 @@ def list_windows(height, width, size, overlap, box=None):
 
 def _windows_along(length, size, overlap, low, high):
     """(read, write, take, length) of the windows that write into [low, high) along one side of an image."""
-    grid = window_grid(length, size, overlap)[1]
-    ends = [first for _, _, first, _ in grid[1:]] + [length]  # where two windows write, the later one wins
     found = []
-    for (start, stop, first, _), end in zip(grid, ends):
-        first, end = max(first, low), min(end, high)
+    for start, stop, first, end in window_grid(length, size, overlap)[1]:
+        first, end = max(first, low), min(end, high)             # `high` is at most `length`
         if first < end:
             found.append((slice(start, min(stop, length)), slice(first - low, end - low),
                           slice(first - start, end - start), stop - start))
