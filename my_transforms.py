@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.interpolate import BSpline
+from skimage.color import hed_from_rgb, rgb_from_hed
 from torch.nn import functional as F
 
 from support.script import InputError
@@ -55,6 +56,32 @@ class RandomTransform:
 
     def __call__(self, images, rng):
         return self.apply(images, self.draw(rng, images[0].size))
+
+
+class RandomStain(RandomTransform):
+    """Vary the strength of hematoxylin and eosin, and the brightness, of the first image; not in the paper.
+
+    The optical density of a pixel, -log10(value / 255) in each of R, G, B, is a mixture of hematoxylin, eosin and a
+    rest (the stains of skimage's rgb2hed). The density of either stain is multiplied by a factor uniform in
+    1 +- strength, and a number uniform in +- offset is added. Then the image is multiplied by a factor uniform in
+    1 +- brightness.
+    """
+    DENSITIES = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)           # 0 counts as 1
+
+    def __init__(self, strength, offset, brightness):
+        self.strength, self.offset, self.brightness = strength, offset, brightness
+
+    def draw(self, rng, size):
+        factors, offsets = 1 + rng.uniform(-self.strength, self.strength, 2), rng.uniform(-self.offset, self.offset, 2)
+        return factors, offsets, 1 + rng.uniform(-self.brightness, self.brightness)
+
+    def apply(self, images, drawn):
+        factors, offsets, brightness = drawn
+        # to stains, which change, and back to densities: one matrix and one vector
+        matrix, vector = hed_from_rgb @ np.diag([*factors, 1]) @ rgb_from_hed, np.array([*offsets, 0]) @ rgb_from_hed
+        densities = cv2.transform(self.DENSITIES[np.asarray(images[0])], np.column_stack([matrix.T, vector]))
+        rgb = cv2.exp(densities * -np.log(10).astype(np.float32)) * np.float32(255 * brightness)
+        return [Image.fromarray(rgb.round().clip(0, 255).astype(np.uint8)), *images[1:]]
 
 
 class RandomResize(RandomTransform):
@@ -237,6 +264,7 @@ class Normalize:
 
 TRANSFORMS = {
     'scale': Scale,
+    'random_stain': lambda values: RandomStain(*values),
     'random_resize': lambda bounds: RandomResize(*bounds),
     'horizontal_flip': lambda _: RandomFlip('horizontal'),
     'vertical_flip': lambda _: RandomFlip('vertical'),

@@ -263,7 +263,7 @@ def benchmark_loader(args):
     except ImportError:
         print('SimpleITK is not installed, so that there is no plain version to compare with')
     generators = {name: np.random.default_rng(0) for name in versions}
-    print('All eleven transforms on a patch of 250 x 250, one thread')
+    print('Eleven transforms on a patch of 250 x 250, one thread')
     functions = {name: partial(version, [image, weight, label], generators[name]) for name, version in versions.items()}
     print_times(take_turns(functions, 10 * args.repeats), 'patches', 1)
     torch.set_num_threads(args.threads)

@@ -118,6 +118,7 @@ def show(value):
 METAVARS = {int: 'N', int_tuple: 'N', float: 'X', boolean: 'BOOL', str: 'TEXT', gpu_list: 'GPU'}          # in --help
 TRANSFORM_PARSERS = {                 # in the order in which transforms are applied
     'scale': numbers(1, int),
+    'random_stain': numbers(3),
     'random_resize': numbers(2),
     'horizontal_flip': lambda words: boolean(' '.join(words)),
     'vertical_flip': lambda words: boolean(' '.join(words)),
@@ -313,6 +314,9 @@ class CommandLine:
                     raise InputError(f'{flag} is {value}; expected at least {at_least[name]}')
                 if name == 'random_resize' and not 0 < value[0] <= value[1]:
                     raise InputError(f'{flag} is {show(value)}; expected two factors LO HI with 0 < LO <= HI')
+                if name == 'random_stain' and not (0 <= value[0] < 1 and value[1] >= 0 and 0 <= value[2] < 1):
+                    raise InputError(f'{flag} is {show(value)}; expected strength, offset and brightness of at least '
+                                     f'0, strength and brightness below 1')
                 if name == 'random_elastic' and not (value[0] >= 1 and value[1] >= 0):
                     raise InputError(f'{flag} is {show(value)}; expected at least 1 point and a sigma of at least 0')
             if transforms.get('to_tensor') != 1:
