@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from PIL import Image
 
 from miniature import SMALL, make_multi_organ, nuclei
 from scripts import benchmark, demo_report
-from support.checkpoints import load_checkpoint, save_checkpoint
 from support.files import save_image, save_instances
 from support.script import InputError
 
@@ -28,7 +26,6 @@ from support.script import InputError
     ('export_pretrained', '--run x', 'the following arguments are required: --data-dir'),
     ('make_demo_data', 'x --sise 3', 'unrecognized arguments: --sise 3'),
     ('make_report', 'x --open', 'unrecognized arguments: --open'),
-    ('reproduce', '', 'the following arguments are required: dataset'),
     ('reproduce', 'GlaS many', "argument minutes: invalid float value: 'many'"),
     ('study_post_processing', 'x', 'the following arguments are required: --label-dir, --set'),
     ('update_batch_norm', '', 'the following arguments are required: --model-path, --data-dir, --out'),
@@ -57,17 +54,6 @@ def test_the_gpu_benchmark_in_small_on_the_cpu(capsys):
             benchmark.main(['gpu'])
 
 
-TABLE = 'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.8\t0.7\t0.6\n'
-
-
-def test_network_scores_are_read_from_the_result_file(tmp_path):
-    (tmp_path / 'r.txt').write_text(TABLE)
-    assert demo_report.network_scores(tmp_path / 'r.txt') == {
-        name: dict(pixel_acc=0.9, F1=0.8, Dice=0.7, AJI=0.6) for name in ('Average', 'a')}
-    with pytest.raises(InputError, match='no .*nothing.txt; run test.py first'):
-        demo_report.network_scores(tmp_path / 'nothing.txt')
-
-
 def test_report_compares_with_otsu_and_draws_the_overview(tmp_path, capsys):
     image, label = nuclei(0, 80, 80)
     save_image(tmp_path / 'data' / 'images' / 'test_same' / 'a.png', image)
@@ -76,49 +62,19 @@ def test_report_compares_with_otsu_and_draws_the_overview(tmp_path, capsys):
     save_instances(results / 'test_same_segmentation' / 'a_seg.tiff', label)
     for kind in ('inside', 'contour'):
         save_image(results / 'test_same_prob_maps' / f'a_prob_{kind}.png', image[..., 0])
-    (results / 'test_same_test_result.txt').write_text(TABLE)
-    demo_report.main(['--data-dir', str(tmp_path / 'data'), '--result-dir', str(results), '--out',
-                      str(tmp_path / 'overview.png')])
+    words = ['--data-dir', str(tmp_path / 'data'), '--result-dir', str(results),
+             '--out', str(tmp_path / 'overview.png')]
+    with pytest.raises(InputError, match='no .*test_same_test_result.txt; run test.py first'):
+        demo_report.main(words)
+    (results / 'test_same_test_result.txt').write_text(
+        'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.83\t0.74\t0.65\n')
+    demo_report.main(words)
     text = capsys.readouterr().out
+    assert '  0.6500  0.7400  0.8300\n' in text                       # AJI, Dice and F1 of the network
     otsu = float(text.split("of Otsu's threshold ")[1].split(',')[0])
     assert 0 < otsu <= 1 and "AJI of the network 0.6000" in text and f'difference {0.6 - otsu:+.4f}' in text
     picture = np.asarray(Image.open(tmp_path / 'overview.png'))
     assert picture.shape[1] == 1500 and picture[..., :3].std() > 20
-
-
-def test_raw_images_are_scored_without_and_with_color_norm(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    weights = load_checkpoint(root / 'tests/golden/tiny_checkpoint.pth.tar')
-    model = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=8, drop_rate=0.1, compress_ratio=0.5,
-                 dilations=(1, 2, 4, 8, 16, 4, 1), is_hybrid=True, layer_type='basic')
-    save_checkpoint(tmp_path / 'w.pth.tar', {
-        'epoch': 1, 'state_dict': weights['state_dict'], 'best_iou': 0.5,
-        'options': {'dataset': 'MultiOrgan', 'model': model, 'train': {}, 'transform': {}},
-        'mean_std': [[0.74, 0.54, 0.66], [0.16, 0.2, 0.15]], 'lab': [[63, 25, -9], [17, 9, 6]]})
-    (tmp_path / 'tiffs').mkdir()
-    names = ('Breast_TCGA-AR-A1AS-01Z-00-DX1', 'Liver_TCGA-50-5931-01Z-00-DX1')
-    for i, name in enumerate(names):
-        image, label = nuclei(i, 60, 70)
-        tifffile.imwrite(tmp_path / 'tiffs' / f'{name.split("_")[1]}.tif', image // 2 + 60, photometric='rgb')
-        save_instances(tmp_path / 'data/labels_instance/val_full' / f'{name}.png', label)
-    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-                   'MODEL': str(tmp_path / 'w.pth.tar'), 'DATA_DIR': str(tmp_path / 'data'),
-                   'SAVE_DIR': str(tmp_path / 'out')}
-
-    def run(*words):
-        return subprocess.run(['sh', str(root / 'scripts/score_raw_images.sh'), *words], capture_output=True, text=True,
-                              env=environment)
-    done = run(str(tmp_path / 'tiffs'), '--tta', 'none', '--min-area', '1', '--gpu', 'cpu')
-    assert done.returncode == 0, done.stderr
-    lines = [line.rsplit(' ', 1) for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == [f'--color-norm {word} {name}: AJI' for word in (False, True)
-                                           for name in ('Average', *names)]
-    values = [float(line[1]) for line in lines]
-    assert all(0 <= value <= 1 for value in values) and values[:3] != values[3:]
-    assert values[0] == pytest.approx((values[1] + values[2]) / 2, abs=1e-4)
-    for words, message in (((), 'usage: sh scripts/score_raw_images.sh TIFFS'), (('nowhere',), 'nowhere')):
-        refused = run(*words)
-        assert refused.returncode == 2 and message in refused.stderr and 'Traceback' not in refused.stderr
 
 
 def test_training_testing_and_the_benchmark_need_no_simpleitk(tmp_path):
