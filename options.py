@@ -101,6 +101,8 @@ TEST = dict(
                       at_least=0),
     overlap=Option(by_dataset(80, 80), int, 'pixels: overlap of the windows', at_least=0),
     batch_size=Option(0, int, 'windows in one batch; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
+    preset=Option('published', str, 'post-processing: published = as below; best = what the checkpoint says scored '
+                                    'best on its validation images', choices=('published', 'best')),
     amp=Option(False, boolean, 'mixed precision, as in training; changes probabilities by about 0.01'),
     overwrite=Option(False, boolean, 'recompute images finished with the same options and weights'),
     save_dir=Option('./experiments/{dataset}/{run}/{epoch}', str, 'folder of the results; by default in the run of '

@@ -139,13 +139,19 @@ def parse_options(argv=None):
     if {('test', 'epoch'), ('test', 'model_path')} <= opt.given:
         raise InputError('--epoch chooses a checkpoint of a run, and --model-path names a checkpoint; leave one out')
     take_pretrained_if_untrained(opt)
-    checkpoint = load_checkpoint(opt.test['model_path'])
-    stored = checkpoint.get('options', {}).get('dataset')
+    path = opt.test['model_path']
+    checkpoint = load_checkpoint(path)
+    more, stored = [], checkpoint.get('options', {}).get('dataset')
     if stored in DATASETS and stored != opt.dataset and ('', 'dataset') not in opt.given:
-        path = opt.test['model_path']
         note(f'{path} was trained on {stored}: taking --dataset {stored}')
-        words = sys.argv[1:] if argv is None else argv
-        opt = Options(isTrain=False).parse([*words, '--dataset', stored, '--model-path', path])
+        more = ['--dataset', stored]
+    if opt.test['preset'] == 'best':
+        if not isinstance(checkpoint.get('best_post'), dict):
+            raise InputError(f'{path} has no preset best; leave out --preset, or give the options of post-processing')
+        more += [word for name, value in checkpoint['best_post'].items() if ('post', name) not in opt.given
+                 for word in (f'--{name}'.replace('_', '-'), str(value))]
+    if more:
+        opt = Options(isTrain=False).parse([*(sys.argv[1:] if argv is None else argv), *more, '--model-path', path])
     take_model_of_checkpoint(opt, checkpoint)
     return opt, checkpoint
 

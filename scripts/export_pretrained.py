@@ -1,11 +1,12 @@
 """Make a file of weights to ship from a training run.
 
     python scripts/export_pretrained.py --run RUN --data-dir DATA --out FILE.pth.tar [--checkpoint best]
-        [--scores RESULTS ...] [--licence TEXT] [--raw]
+        [--scores RESULTS ...] [--best RESULTS] [--licence TEXT] [--raw]
 
 It holds the weights in float32, the model options, mean_std, the LAB statistics of the training images, the recipe of
 every stage (a run that started from another one's weights has two), a fingerprint of the data, the commit, the hours,
-and scores; no optimizer. RESULTS: save_dir of test.py, whose scores are taken if they are those of these weights.
+and scores; no optimizer. RESULTS: save_dir of test.py, whose scores are taken if they are those of these weights;
+the post-processing options of --best become `test.py --preset best`.
 """
 import argparse
 import hashlib
@@ -92,6 +93,7 @@ def main(argv=None):
     parser.add_argument('--checkpoint', default='best',
                         help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
+    parser.add_argument('--best', type=Path, help='one of them, whose post-processing becomes --preset best of test.py')
     parser.add_argument('--licence', default='', help='of the weights, as that of their data asks; test.py names it')
     parser.add_argument('--raw', action='store_true',
                         help='of a run with --ema-decay: the weights themselves, not their average')
@@ -111,6 +113,7 @@ def main(argv=None):
     weights = {key: value.float() if value.is_floating_point() else value
                for key, value in checkpoint['raw_state_dict' if args.raw else 'state_dict'].items()}
     stages = stages_of(path)
+    best = {'best_post': scores_of(args.best, weights)['post']} if args.best else {}
     save_checkpoint(args.out, {
         'epoch': checkpoint['epoch'], 'state_dict': weights, 'mean_std': checkpoint['mean_std'],
         'best_iou': float(checkpoint['best_iou']), 'optimizer': {}, 'licence': args.licence,
@@ -121,7 +124,7 @@ def main(argv=None):
         'batch_norm_crops': checkpoint.get('batch_norm_crops', 0),         # 0: the statistics of the training
         'stages': stages, 'steps': sum(stage['steps'] for stage in stages),
         'hours': sum(stage['hours'] for stage in stages),
-        'scores': [scores_of(results, weights) for results in args.scores]})
+        'scores': [scores_of(results, weights) for results in args.scores], **best})
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {len(stages)} stages, '
           f'{sum(stage["hours"] for stage in stages):.1f} hours, SHA-256 {sha256_of(args.out)}')
 

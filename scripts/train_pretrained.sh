@@ -19,8 +19,8 @@ EPOCHS_1=${EPOCHS_1:-36}               # of 48 steps: 192 patches in batches of 
 EPOCHS_2=${EPOCHS_2:-34}               # the same
 EPOCHS_3=${EPOCHS_3:-72}               # of 16 steps: 48 patches in batches of 3
 EPOCHS_4=${EPOCHS_4:-96}               # the same
-SCORES=${SCORES:-none full best}       # how the weights are scored: by --tta, or by the post-processing that is best
-BEST='--tta none --inside-threshold 0.3 --h-maxima 0.1 --min-area 10'      # found by study_post_processing.py
+SCORES=${SCORES:-none full}            # --tta with which the weights are scored
+BEST='--tta none --inside-threshold 0.3 --h-maxima 0.1 --min-area 10'      # --preset best: of study_post_processing.py
 
 # prepare FOLDER OPTIONS: unless that is done
 prepare() {
@@ -66,7 +66,7 @@ python scripts/update_batch_norm.py --model-path "$SAVE_DIR/stage4/checkpoints/c
 
 # 5. scores on the whole val images, the file, and what others are to find with it
 set --
-for scored in $SCORES; do
+for scored in $SCORES best; do
     case $scored in best) options=$BEST ;; *) options="--tta $scored" ;; esac
     python test.py --dataset MultiOrgan --model-path "$weights" --amp True $options \
         --img-dir "$DATA_DIR/images/val_full" --label-dir "$DATA_DIR/labels_instance/val_full" \
@@ -76,5 +76,5 @@ done
 python scripts/export_pretrained.py --run "$SAVE_DIR/stage4" --checkpoint batch_norm --data-dir "$DATA_500" \
     --licence 'CC BY-NC-SA 4.0, the licence of the MoNuSeg images (Kumar et al., IEEE TMI 2017): non-commercial use,
 attribution, share alike; see pretrained/LICENSE' \
-    --scores "$@" --out "$OUT"
+    --scores "$@" --best "$SAVE_DIR/scores_best" --out "$OUT"
 python scripts/verify_pretrained.py --weights "$OUT" --write

@@ -64,7 +64,7 @@ class Results:
     def __init__(self, folder, set_name, opt, mean_std, rank=0):
         self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
         ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
-                   'batch_size', 'overwrite')
+                   'batch_size', 'overwrite', 'preset')
         self.made_of = [RESULT_VERSION, opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
                         sha256_of(opt.test['model_path']),
                         {name: value for name, value in opt.test.items() if name not in ignored}]
