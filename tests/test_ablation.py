@@ -10,13 +10,12 @@ import ablation
 import pytest
 from PIL import Image
 
-from miniature import make_multi_organ
+from miniature import SMALL, make_multi_organ
 from options import Options
 from support.checkpoints import load_checkpoint
 from support.script import InputError
 
-TINY = ['--n-layers', '4', '--growth-rate', '1', '--dilations', '1', '1', '1', '1', '1', '1', '1', '--input-size', '40',
-        '--val-overlap', '8', '--batch-size', '2', '--workers', '0', '--gpu', 'cpu']
+TINY = [*SMALL, '--dilations', *'1111111']
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_table_of_means_spreads_and_differences():
                          'the seeds disagree.  ')
 
 
-def test_the_arms_are_those_of_the_paper(data):
+def test_the_arms_are_those_of_the_paper():
     arms = {}
     for arm, words in ablation.ARMS.items():
         opt = Options(isTrain=True).parse([*ablation.RECIPE, *words])

@@ -1,5 +1,6 @@
 """What is read and what is refused; the training set."""
 import itertools
+import os
 import struct
 import zlib
 
@@ -28,15 +29,11 @@ def png_by_hand(path, width, height, bits, pixels, colour=2):
 
 
 @pytest.mark.parametrize('name, options', [
-    ('a.png', {}), ('a.bmp', {}), ('a.ppm', {}), ('a.tif', {}), ('a.tiff', dict(compression='tiff_lzw')),
-    ('b.tif', dict(compression='tiff_deflate')), ('c.tif', dict(big_tiff=True)),
-    ('tiles.tif', lambda path: tifffile.imwrite(path, PIXELS, tile=(16, 16), photometric='rgb')),
+    ('a.png', {}), ('a.bmp', {}), ('a.ppm', {}), ('a.tif', {}), ('b.tiff', dict(compression='tiff_lzw')),
+    ('c.tif', dict(big_tiff=True)),
 ])
 def test_8_bit_rgb_is_taken_as_it_is(tmp_path, name, options, recwarn):
-    if callable(options):
-        options(tmp_path / name)
-    else:
-        Image.fromarray(PIXELS).save(tmp_path / name, **options)
+    Image.fromarray(PIXELS).save(tmp_path / name, **options)
     assert (read_image(tmp_path / name) == PIXELS).all() and not recwarn.list
 
 
@@ -76,8 +73,7 @@ def test_exif_orientation_is_applied_with_a_note(tmp_path, recwarn):
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
-    frames[0].save(tmp_path / 'a.png', save_all=True, append_images=frames[1:])
+    Image.fromarray(PIXELS).save(tmp_path / 'a.png', save_all=True, append_images=[Image.fromarray(255 - PIXELS)])
     with pytest.warns(UserWarning, match='only the first of its 2 frames'):
         assert (read_image(tmp_path / 'a.png') == PIXELS).all()
 
@@ -151,24 +147,16 @@ def test_16_bit_images_that_are_not_read(tmp_path):
             read_image(tmp_path / name, scale_16bit=(0, 9))
 
 
-def test_a_missing_tile_is_not_taken_for_black(tmp_path):
-    pixels = np.full((32, 32, 3), 9, np.uint16)
-    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', tile=(16, 16))
+@pytest.mark.parametrize('dtype, tag, spoil, message', [
+    (np.uint16, 'TileByteCounts', lambda values: [0, *values[1:]], 'a strip is missing'),
+    (np.uint8, 'TileOffsets', lambda values: [*values[:-1], 2 ** 40], 'pixels beyond the end of the file'),
+])
+def test_tiles_that_are_not_in_the_file_are_not_taken_for_black(tmp_path, dtype, tag, spoil, message):
+    tifffile.imwrite(tmp_path / 'a.tif', np.full((32, 32, 3), 9, dtype), photometric='rgb', tile=(16, 16), bigtiff=True)
     with tifffile.TiffFile(tmp_path / 'a.tif', mode='r+b') as file:
-        counts = file.pages[0].tags['TileByteCounts']
-        counts.overwrite([0, *counts.value[1:]])
-    with pytest.raises(InputError, match='a.tif is damaged or truncated .a strip is missing.'):
+        file.pages[0].tags[tag].overwrite(spoil(file.pages[0].tags[tag].value))
+    with pytest.raises(InputError, match=f'a.tif is damaged or truncated .{message}.; copy it again'):
         read_image(tmp_path / 'a.tif', scale_16bit=(0, 9))
-
-
-def test_tiles_beyond_the_end_of_the_file(tmp_path):
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    tifffile.imwrite(tmp_path / 'a.tif', pixels, photometric='rgb', tile=(16, 16), bigtiff=True)
-    with tifffile.TiffFile(tmp_path / 'a.tif', mode='r+b') as file:
-        offsets = file.pages[0].tags['TileOffsets']
-        offsets.overwrite([*offsets.value[:-1], 2 ** 40])
-    with pytest.raises(InputError, match='a.tif is damaged or truncated .pixels beyond the end of the file.; copy it'):
-        read_image(tmp_path / 'a.tif')
 
 
 @pytest.mark.parametrize('options', [{}, {'tile': (16, 16)}])
@@ -177,44 +165,38 @@ def test_16_bit_grey_for_which_0_is_white(tmp_path, options):
     assert read_image(tmp_path / 'a.tif', scale_16bit=(0, 100))[0].tolist() == [[255] * 3, [0] * 3]
 
 
-def first_part_of(content, share=0.5, ending='png'):
-    """Write a file of which only a part arrived."""
+def first_part(share):
+    """A function that writes an image file of which only a part arrived."""
     def make(path):
-        Image.fromarray(content).save(path, ending)
+        Image.fromarray(np.tile(PIXELS, (9, 9, 1))).save(path)
         path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
     return make
 
 
 @pytest.mark.parametrize('name, make, message', [
-    ('a.png', first_part_of(PIXELS), 'a.png is damaged or truncated.*; copy it again'),
-    ('a.jpg', first_part_of(np.tile(PIXELS, (9, 9, 1)), 0.9, 'jpeg'), 'a.jpg is damaged or truncated'),
-    ('a.tif', first_part_of(np.tile(PIXELS, (9, 9, 1)), 0.9, 'tiff'), 'a.tif'),
-    ('a.bmp', first_part_of(PIXELS, 0.5, 'bmp'), 'a.bmp is damaged or truncated'),
-    ('a.png', first_part_of(PIXELS, 0.03), 'a.png is not an image'),
-    ('a.png', lambda p: p.symlink_to('nowhere.png'), 'a.png'),
-    ('a.png', lambda p: p.symlink_to('a.png'), 'a.png'),
+    ('a.png', first_part(0.5), 'a.png is damaged or truncated.*; copy it again'),
+    ('a.jpg', first_part(0.9), 'a.jpg is damaged or truncated'),
+    ('a.tif', first_part(0.9), 'a.tif is damaged or truncated'),
+    ('a.png', lambda p: p.write_text('hello'), 'a.png is not an image that can be read.*; expected one of .jpg'),
+    ('a.png', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
     ('a.tif', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int32)), 'has colour mode I; expected 8-bit RGB'),
-    ('a.tif', lambda p: tifffile.imwrite(p, np.float32(PIXELS), photometric='rgb'), 'a.tif'),
-    ('a.png', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
-    ('a.tif', lambda p: tifffile.imwrite(p, PIXELS[..., 0] / 255), 'is a floating-point image|not an image'),
-    ('a.tif', lambda p: Image.fromarray(PIXELS[..., 0].astype(np.float32)).save(p), 'is a floating-point image'),
+    ('a.tif', lambda p: tifffile.imwrite(p, PIXELS[..., 0] / 255), 'is a floating-point image .float64.'),
+    ('a.tif', lambda p: Image.fromarray(PIXELS[..., 0].astype(np.float32)).save(p), 'is a floating-point image; exp'),
     ('a.jpg', lambda p: Image.fromarray(PIXELS).convert('CMYK').save(p), 'has colour mode CMYK'),
     ('a.png', lambda p: p.write_bytes(b''), r'is empty \(0 bytes\)'),
-    ('a.png', lambda p: p.write_text('hello'), 'is not an image that can be read'),
     ('a.png', lambda p: p.mkdir(), 'expected a file, found a folder'),
     ('a.png', lambda p: None, 'no such file'),
 ])
 def test_images_that_are_refused(tmp_path, name, make, message):
     make(tmp_path / name)
-    with pytest.raises((InputError, OSError), match=message):
+    with pytest.raises(InputError, match=message):
         read_image(tmp_path / name)
 
 
-@pytest.mark.parametrize('side, megapixels', [(200_000, 40_000), (2 ** 31 - 1, 4_611_686_014_132)])
-def test_a_huge_image_is_refused_by_its_header(tmp_path, side, megapixels):
-    png_by_hand(tmp_path / 'a.png', side, side, 8, b'')
-    with pytest.raises(InputError, match=f'{side} x {side} = {megapixels} megapixels, more than max_megapixels = 1000'):
+def test_a_huge_image_is_refused_by_its_header(tmp_path):
+    png_by_hand(tmp_path / 'a.png', 200_000, 200_000, 8, b'')
+    with pytest.raises(InputError, match='200000 x 200000 = 40000 megapixels, more than max_megapixels = 1000'):
         read_image(tmp_path / 'a.png')
 
 
@@ -229,7 +211,10 @@ def test_folders(tmp_path):
     with pytest.raises(InputError, match='expected a folder, found a file'):
         list_images(tmp_path / 'a.tif')
     (tmp_path / 'a.png').touch()
-    with pytest.raises(InputError, match='two images of one name in .*: a.png and a.tif'):
+    with pytest.raises(InputError, match='two images of one name in .*: a.png and a.tif; keep one of them'):
+        list_images(tmp_path)
+    os.rename(tmp_path / 'a.png', os.fsencode(tmp_path) + b'/F\xe4rbung.png')              # as old archives bring it
+    with pytest.raises(InputError, match='the name .*rbung.png. is not UTF-8; rename it'):
         list_images(tmp_path)
 
 
@@ -245,12 +230,9 @@ def test_folders(tmp_path):
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32))),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int16))),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint8), photometric='miniswhite')),
-    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint8), photometric='miniswhite', compression='zlib')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), photometric='miniswhite')),
-    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), byteorder='>')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint16), byteorder='>', compression='zlib')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int16), byteorder='>', compression='zlib')),
-    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int32), byteorder='>', compression='zlib')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int32), byteorder='>', compression='zlib', tile=(16, 16))),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.float32), byteorder='>', compression='zlib')),
     ('a.tif', lambda p: Image.fromarray(IDS.astype(np.int32)).save(p, compression='tiff_lzw')),
@@ -304,19 +286,13 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
     ('a.png', lambda p: Image.fromarray(PIXELS).save(p), 'is a colour image; expected one integer id per pixel'),
     ('a.png', lambda p: Image.fromarray(PIXELS).convert('RGBA').save(p), 'has colour mode RGBA'),
     ('a.png', lambda p: png_by_hand(p, 2, 1, 16, bytes(range(12))), 'is a colour image of 16 bits'),
-    ('a.png', first_part_of(PIXELS[..., 0]), 'is damaged or truncated'),
-    ('a.png', lambda p: p.write_bytes(b''), r'is empty \(0 bytes\)'),
-    ('a.png', lambda p: p.write_text('1 2 3'), 'is not an image'),
     ('a.jpg', lambda p: Image.fromarray(PIXELS).save(p), 'is a JPEG'),
     ('a.png', lambda p: Image.fromarray(PIXELS).save(p, 'JPEG'), 'is a JPEG'),
-    ('a.npy', lambda p: np.save(p, IDS + 0.5), 'fractional or non-finite'),
-    ('a.npy', lambda p: np.save(p, np.full((2, 2), np.nan)), 'fractional or non-finite'),
-    ('a.tif', lambda p: tifffile.imwrite(p, np.float32(IDS + 0.25)), 'fractional or non-finite values.*integer ids'),
+    ('a.npy', lambda p: np.save(p, IDS + 0.5), 'holds fractional or non-finite values; expected integer ids'),
+    ('a.npy', lambda p: np.save(p, IDS + np.inf), 'fractional or non-finite'),
     ('a.npy', lambda p: np.save(p, IDS + 1j), 'holds complex128 values'),
     ('a.npy', lambda p: np.save(p, IDS[0]), r'has shape \(3,\); expected.*\(height, width\)'),
-    ('a.npy', lambda p: np.save(p, IDS[:0]), 'a.npy'),
-    ('a.npy', lambda p: p.write_bytes(b''), 'a.npy'),
-    ('a.npy', lambda p: np.save(p, np.stack([IDS] * 3)), 'a.npy'),
+    ('a.npy', lambda p: np.save(p, IDS[:0]), r'a.npy has no pixel, shape \(0, 3\)'),
     ('a.npy', lambda p: np.save(p, -IDS), 'holds negative ids'),
     ('a.tif', lambda p: tifffile.imwrite(p, np.array([[-3, 0, 4]], np.int8)), 'holds negative ids'),
     ('a.tif', lambda p: tifffile.imwrite(p, -IDS.astype(np.int16)), 'holds negative ids'),
@@ -324,7 +300,6 @@ def test_equal_channels_empty_labels_and_masks(tmp_path):
      'a TIFF whose kind and compression are not supported together; save it uncompressed'),
     ('a.npy', lambda p: np.save(p, IDS * 10 ** 9), 'holds ids above 2147483647'),
     ('a.npy', lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), 'is not a plain NumPy array'),
-    ('a.npy', lambda p: np.save(p, np.zeros((2, 2, 2, 2), int)), r'has shape \(2, 2, 2, 2\)'),
     ('a.npy', lambda p: None, 'no such file'),
     ('a.png', lambda p: Image.fromarray(IDS.astype(np.uint8)).resize((9, 9)).save(p), 'is 9 x 9 pixels, its image 3'),
 ])
@@ -372,17 +347,14 @@ def test_missing_and_unmatched_partners_are_named(folders):
     Image.new('L', (20, 16)).save(folders[1] / 'z_weight.png')
     with pytest.raises(InputError, match='1 files in .*weights have no image in .*images: z_weight.png'):
         DataFolder(folders, POST_FIX, [3, 1, 3])
+    with pytest.raises(ValueError, match='3 folders, 1 post-fixes, 3 channels'):
+        DataFolder(folders, ['label.png'], [3, 1, 3])
 
 
 def test_a_partner_of_another_size(folders):
     Image.new('L', (20, 15)).save(folders[1] / 'x_1_weight.png')
-    with pytest.raises(InputError, match='x_1_weight.png is 20 x 15 pixels, its image 20 x 16'):
+    with pytest.raises(InputError, match='x_1_weight.png is 20 x 15 pixels, its image 20 x 16; run prepare_data'):
         DataFolder(folders, POST_FIX, [3, 1, 3])[1]
-
-
-def test_folders_and_post_fixes_must_match(folders):
-    with pytest.raises(ValueError, match='3 folders, 1 post-fixes, 3 channels'):
-        DataFolder(folders, ['label.png'], [3, 1, 3])
 
 
 def test_a_sample_depends_on_index_seed_and_epoch_alone(folders):
@@ -411,6 +383,7 @@ def test_batches_are_a_new_order_each_epoch_and_can_start_in_the_middle():
     batches.start_at(1, 0)
     assert take(batches, 3) == two[3:]
     assert take(EpochBatches(10, 4, seed=3), 3) == two[:3] != take(EpochBatches(10, 4, seed=4), 3)
+    assert [len(batch) for batch in take(EpochBatches(3, 50, seed=3), 2)] == [3, 3]          # more than there are
 
 
 def test_a_batch_is_sent_in_few_bytes_with_its_instances():
@@ -423,22 +396,13 @@ def test_a_batch_is_sent_in_few_bytes_with_its_instances():
     assert instances.tolist() == [[[1, 1, 0], [0, 0, 0], [2, 0, 0]], [[0, 1, 1], [0, 0, 0], [0, 0, 2]]]
 
 
-def saved_as_npz(path):
-    with open(path, 'wb') as file:
-        np.savez(file, mean=np.ones(3), std=np.ones(3))
-
-
 @pytest.mark.parametrize('make, message', [
     (lambda p: np.save(p, np.zeros((3, 2))), r'float64 of shape \(3, 2\); expected finite floats of shape \(2, 3\)'),
     (lambda p: np.save(p, np.zeros((2, 3), int)), 'holds int64'),
     (lambda p: np.save(p, np.full((2, 3), np.nan)), 'expected finite floats'),
-    (lambda p: np.save(p, [[0.5] * 3, [0.1, 0, 0.1]]), 'has a standard deviation of 0'),
-    (lambda p: np.save(p, [[0.5] * 3, [0.1, -1, 0.1]]), 'has a standard deviation of 0 or less'),
-    (lambda p: np.save(p, [[190.] * 3, [40.] * 3]), 'mean_std.npy'),
-    (lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), 'is not a plain NumPy array'),
+    (lambda p: np.save(p, [[0.5] * 3, [0.1, 0, 0.1]]), 'has a standard deviation of 0 or less'),
+    (lambda p: np.save(p, [[190.] * 3, [40.] * 3]), 'mean_std.npy holds values from 40 to 190; expected colour values'),
     (lambda p: p.write_text('0.5 0.5 0.5'), 'is not a plain NumPy array'),
-    (lambda p: p.write_bytes(b''), 'is not a plain NumPy array'),
-    (saved_as_npz, 'mean_std.npy'),
     (lambda p: None, 'no .*mean_std.npy; prepare_data.py writes it'),
 ])
 def test_mean_std_that_are_refused(tmp_path, make, message):

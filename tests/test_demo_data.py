@@ -33,10 +33,6 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-def labels(demo):
-    return {path.name: read(path) for path in sorted((demo / 'labels_instance').iterdir())}
-
-
 def test_layout(demo):
     split = json.loads((demo / 'split.json').read_text())
     assert {name: len(images) for name, images in split.items()} == {'train': 6, 'val': 2, 'test_same': 2}
@@ -48,23 +44,21 @@ def test_layout(demo):
         assert image.shape == (500, 500, 3) and image.dtype == np.uint8
 
 
-def test_labels_are_valid(demo):
-    for name, label in labels(demo).items():
+def test_labels_are_valid_and_nuclei_are_dark_and_touch_and_vary_in_size(demo):
+    for path in sorted((demo / 'labels_instance').iterdir()):
+        name, label = path.name, read(path)
         assert label.shape == (500, 500) and label.dtype in (np.uint16, np.int32), name     # int32: Pillow before 11
-        count = int(label.max())
+        count, areas = int(label.max()), np.bincount(label.ravel())[1:]
         assert 40 <= count <= 120, name
-        areas = np.bincount(label.ravel())[1:]
         assert areas.min() >= make_demo_data.SMALLEST_NUCLEUS, name           # so ids are consecutive too
         for number, window in enumerate(ndimage.find_objects(label), start=1):
             assert ndimage.label(label[window] == number, np.ones((3, 3)))[1] == 1, (name, number)
-
-
-def test_nuclei_touch_and_vary_in_size(demo):
-    for name, label in labels(demo).items():
-        touching = np.unique(label[make_demo_data.touches_another(label.astype(int))])
-        assert len(touching) >= 0.1 * label.max(), name
-        small, large = np.percentile(np.bincount(label.ravel())[1:], (5, 95))
+        small, large = np.percentile(areas, (5, 95))
         assert small < 150 and large > 300, name
+        touching = np.unique(label[make_demo_data.touches_another(label.astype(int))])
+        assert len(touching) >= 0.1 * count, name
+        image = read(demo / 'normalized' / name.replace('_label', ''))
+        assert image[label > 0].mean() < image[label == 0].mean() - 20, name
 
 
 def test_touches_another():
@@ -73,18 +67,12 @@ def test_touches_another():
     assert (make_demo_data.touches_another(label) == expected).all()
 
 
-def test_nuclei_are_darker_than_background(demo):
-    for name, label in labels(demo).items():
-        image = read(demo / 'normalized' / name.replace('_label', ''))
-        assert image[label > 0].mean() < image[label == 0].mean() - 20, name
-
-
 def test_same_seed_same_bytes_whatever_the_number_of_images(tmp_path):
-    small = ['--size', '128']
-    make_demo_data.main([str(tmp_path / 'a'), *small, '--train', '2', '--val', '1', '--test', '1'])
-    make_demo_data.main([str(tmp_path / 'b'), *small, '--train', '2', '--val', '1', '--test', '1'])
-    make_demo_data.main([str(tmp_path / 'more'), *small, '--train', '3', '--val', '2', '--test', '2'])
-    make_demo_data.main([str(tmp_path / 'other'), *small, '--train', '2', '--val', '1', '--test', '1', '--seed', '1'])
+    few = ['--size', '128', '--train', '2', '--val', '1', '--test', '1']
+    make_demo_data.main([str(tmp_path / 'a'), *few])
+    make_demo_data.main([str(tmp_path / 'b'), *few])
+    make_demo_data.main([str(tmp_path / 'more'), '--size', '128', '--train', '3', '--val', '2', '--test', '2'])
+    make_demo_data.main([str(tmp_path / 'other'), *few, '--seed', '1'])
     a, b, more, other = (files(tmp_path / name) for name in ('a', 'b', 'more', 'other'))
     assert a == b
     assert len(a) == 9
@@ -106,11 +94,6 @@ def test_earlier_output_is_replaced_and_other_folders_refused(tmp_path):
     with pytest.raises(InputError, match='patient.png was not made by this script'):
         make_demo_data.main([str(out), *few])
     assert files(out) == before
-
-    (tmp_path / 'notes').mkdir()
-    (tmp_path / 'notes' / 'todo.txt').write_text('buy milk')
-    with pytest.raises(InputError, match='todo.txt was not made by this script'):
-        make_demo_data.main([str(tmp_path / 'notes')])
 
 
 @pytest.mark.parametrize('option, value', [('--train', '0'), ('--size', '10'), ('--seed', '-1')])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,11 +168,7 @@ def test_gpus_of_several_processes(monkeypatch):
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(data, tmp_path, monkeypatch):
-    class FirstOfTwo(devices.Processes):
-        def __init__(self, gpu):
-            super().__init__(gpu)
-            self.count = 2
-    monkeypatch.setattr(train, 'Processes', FirstOfTwo)
+    monkeypatch.setattr(train, 'Processes', lambda gpu: SimpleNamespace(count=2))
     with pytest.raises(InputError, match='--batch-size is 1, for 2 processes; expected at least 2: it counts'):
         train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--batch-size', '1'])
     assert not (tmp_path / 'run').exists()

@@ -2,7 +2,6 @@
 import copy
 import gc
 import json
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch.autograd import gradcheck
 
 from FullNet import FCN_pooling, FullNet
 from support import cpu_stage
-from support.cpu_stage import LayerSpec, Workers, dropout_mask, keep_threshold, normalise, run_fast, split_rows
+from support.cpu_stage import LayerSpec, Workers, dropout_mask, keep_threshold, normalise, run_fast
 
 GOLDEN = Path(__file__).parent / 'golden'
 # dilations 1, 2, 3, 2, then 13, 15, 17, 19
@@ -61,11 +60,9 @@ def relative_distance(actual, expected):
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request):
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     assert torch.get_num_threads() == request.param         # the fast path puts it back
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -95,19 +92,15 @@ def test_evaluation_equals_plain(shape, threads, small_pieces):
 
 def test_float32_equals_plain():
     model, x = make_network(dtype=torch.float32), torch.randn(2, 3, 60, 52)
-    fast, plain = train_step(model, x, 'fast'), train_step(model, x, 'plain')
-    assert_close({'output': fast[0]}, {'output': plain[0]}, 1e-4)
-    assert_close(fast[2], plain[2], 1e-5)
-    # where an input of LeakyReLU is 0 up to rounding its gradient may come out either way
-    assert relative_distance(fast[1], plain[1]) < 5e-2
-
-
-def test_float32_gradients_without_kinks_equal_plain():
-    model, x = make_network(dtype=torch.float32), torch.randn(2, 3, 60, 52)
-    for module in model.modules():
-        if isinstance(module, nn.LeakyReLU):
-            module.negative_slope = 1.0
-    assert relative_distance(train_step(model, x, 'fast')[1], train_step(model, x, 'plain')[1]) < 1e-4
+    for slope, tolerance in ((0.01, 5e-2), (1.0, 1e-4)):
+        # where an input of LeakyReLU is 0 up to rounding its gradient may come out either way; slope 1 has no kink
+        for module in model.modules():
+            if isinstance(module, nn.LeakyReLU):
+                module.negative_slope = slope
+        fast, plain = train_step(model, x, 'fast'), train_step(model, x, 'plain')
+        assert_close({'output': fast[0]}, {'output': plain[0]}, 1e-4)
+        assert relative_distance(fast[1], plain[1]) < tolerance
+        assert_close(fast[2], plain[2], 1e-5)
 
 
 @pytest.mark.parametrize('name', ['basic4', 'basic6'])
@@ -144,17 +137,14 @@ def test_channels_last_input():
                           train_step(model, x, 'fast')[0])
 
 
-@pytest.mark.parametrize('memory_efficient', [False, True])
-@pytest.mark.parametrize('training', [False, True])
-@pytest.mark.parametrize('drop_rate', [0.0, 0.3])
-def test_gradcheck(drop_rate, training, memory_efficient, small_pieces):
-    model = make_network(n_layers=4, growth_rate=2, drop_rate=drop_rate, dilations=(4,)).train(training)
+def test_gradient_with_dropout_is_the_numerical_one(small_pieces):
+    model = make_network(n_layers=4, growth_rate=2, drop_rate=0.3, dilations=(4,))
     block, transition = model.blocks.block1, model.blocks.trans1
     parameters = [*block.parameters(), *transition.parameters()]
 
     def stage(x, *_):
         torch.manual_seed(0)
-        return run_fast(block, transition, x, memory_efficient, x.dtype)
+        return run_fast(block, transition, x, False, x.dtype)
     x = torch.randn(2, 24, 4, 5, dtype=torch.float64, requires_grad=True)
     # fast_mode: the gradient along random directions, not one entry at a time
     assert gradcheck(stage, (x, *parameters), fast_mode=True)
@@ -175,18 +165,12 @@ def test_bfloat16_is_near_float32_and_in_float32_outside(training, small_pieces)
     assert_close(half[2], exact[2], 0.02)
 
 
-def test_bfloat16_is_bit_for_bit_the_same_with_memory_efficient():
-    model, x = make_network(dtype=torch.float32, drop_rate=0.2), torch.randn(2, 3, 40, 37)
-    fast, lean = (train_step(model, x, 'fast', memory_efficient, amp=True) for memory_efficient in (False, True))
-    assert torch.equal(fast[0], lean[0])
-    assert_close(lean[1], fast[1], 0)
-
-
 # Dropout and memory_efficient
 
-def test_memory_efficient_is_bit_for_bit_the_same(threads):
+@pytest.mark.parametrize('amp', [False, True])
+def test_memory_efficient_is_bit_for_bit_the_same(amp, threads):
     model, x = make_network(dtype=torch.float32, drop_rate=0.2), torch.randn(3, 3, 40, 37)
-    fast, lean = train_step(model, x, 'fast'), train_step(model, x, 'fast', memory_efficient=True)
+    fast, lean = (train_step(model, x, 'fast', memory_efficient, amp=amp) for memory_efficient in (False, True))
     assert torch.equal(fast[0], lean[0])
     for first, second in zip(fast[1:], lean[1:]):
         assert_close(second, first, 0)
@@ -194,7 +178,7 @@ def test_memory_efficient_is_bit_for_bit_the_same(threads):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     model, x = make_network(dtype=torch.float32, drop_rate=0.2), torch.randn(2, 24, 100, 120)
-    before, results = torch.get_num_threads(), []
+    results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         block, transition = copy.deepcopy((model.blocks.block1, model.blocks.trans1))
@@ -203,7 +187,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
         output = run_fast(block, transition, block_input, False, torch.float32)
         output.square().sum().backward()
         results.append([output, block_input.grad, transition.bn.running_var, *(p.grad for p in block.parameters())])
-    torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
 
@@ -224,26 +207,12 @@ def test_dropout_mask_drops_the_right_share(drop_rate):
 
 
 def test_threads_are_put_back_where_two_contexts_overlap():
-    entered, left, counts = threading.Event(), threading.Event(), {}
-
-    def first():
-        with Workers() as workers:
-            counts['first, inside'] = torch.get_num_threads(), workers.threads
-            entered.set()
-            left.wait(10)                       # until the second one is in
-        counts['first'] = torch.get_num_threads()
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    thread = threading.Thread(target=first)
-    thread.start()
-    entered.wait(10)
-    with Workers() as workers:
-        counts['second, inside'] = torch.get_num_threads(), workers.threads
-        left.set()
-        thread.join()
-    counts['second'] = torch.get_num_threads()
-    torch.set_num_threads(before)
-    assert counts == {'first, inside': (1, 2), 'second, inside': (1, 2), 'first': 2, 'second': 2}
+    first, second = Workers().__enter__(), Workers().__enter__()
+    assert torch.get_num_threads() == 1 and first.threads == second.threads == 2
+    first.__exit__()
+    second.__exit__()
+    assert torch.get_num_threads() == 2
 
 
 def test_dropout_keeps_the_mean():
@@ -307,15 +276,6 @@ def test_errors():
         model.set_mode('fast')(torch.randn(1, 3, 1, 1, dtype=torch.float64))
 
 
-def test_state_dict_copy_and_save_do_not_see_the_mode(tmp_path):
-    model = make_network(dtype=torch.float32)
-    assert model.set_mode('fast', True).state_dict().keys() == make_network().set_mode('plain').state_dict().keys()
-    torch.save(model, tmp_path / 'model.pt')
-    loaded = torch.load(tmp_path / 'model.pt', weights_only=False)
-    x = torch.randn(1, 3, 20, 20)
-    assert torch.equal(loaded.eval()(x), copy.deepcopy(model).eval()(x))
-
-
 def test_inference_mode_equals_no_grad():
     model, x = make_network(dtype=torch.float32).set_mode('fast').eval(), torch.randn(2, 3, 20, 20)
     with torch.inference_mode():
@@ -348,9 +308,3 @@ def test_nothing_is_left_behind_after_a_step(memory_efficient):
     finally:
         gc.enable()
     assert counts[-1] == counts[1]
-
-
-def test_rows_are_cut_without_gap_or_overlap():
-    for height, width, pixels in ((1, 1, 100), (208, 208, 5400), (7, 3, 1), (10, 1000, 100), (33, 17, 40)):
-        pieces = split_rows(slice(5, 5 + height), width, pixels)
-        assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(5, 5 + height))

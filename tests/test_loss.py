@@ -69,14 +69,6 @@ def test_nothing_to_vary_gives_zero_that_backpropagates(instances):
     assert loss.item() == 0 and (logits.grad == 0).all()
 
 
-def test_single_pixels_count_in_the_number_of_instances():
-    probs = torch.tensor([[[[0.2, 0.6, 0.5, 0.1]]]])
-    pair = torch.tensor([[[1, 1, 0, 0]]])
-    pair_and_pixel = torch.tensor([[[1, 1, 0, 2]]])
-    alone, two = LossVariance()(probs, pair), LossVariance()(probs, pair_and_pixel)
-    assert two.item() == pytest.approx(alone.item() / 2, rel=1e-6)
-
-
 def test_instances_are_the_8_connected_components_of_class_1():
     target = torch.tensor([[[1, 0, 1, 2], [0, 1, 0, 2], [0, 0, 2, 0], [0, 0, 2, 1]]])
     assert label_instances(target).tolist() == [[[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 2]]]

@@ -227,7 +227,7 @@ def test_standard_metrics_are_golden():
         equal([scores[key] for key in expected], list(expected.values()))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(small_pairs)
 def test_small_maps_like_the_slow_version(pair):
     equal(nuclei_accuracy_object_level(*pair), slow_nuclei(*pair))
@@ -239,7 +239,7 @@ def test_small_maps_like_the_slow_version(pair):
     assert all(0 <= value <= 1 for value in scores.values())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(small_pairs)
 def test_aji_plus_pairs_have_the_largest_sum_of_iou(pair):
     table = overlap_table(*pair)
@@ -253,9 +253,10 @@ def test_aji_plus_pairs_have_the_largest_sum_of_iou(pair):
 @pytest.mark.parametrize('seed', range(8))
 def test_blobs_like_the_slow_version(seed):
     pred, gt = blob_pair(seed)
-    equal(nuclei_accuracy_object_level(pred, gt), slow_nuclei(pred, gt))
-    equal(gland_accuracy_object_level(pred, gt), slow_gland(pred, gt))
-    scores, expected = standard_metrics(pred, gt), slow_standard(pred, gt)
+    table = overlap_table(pred, gt)                         # one table serves all metrics
+    equal(nuclei_scores_of(table), slow_nuclei(pred, gt))
+    equal(gland_scores_of(table), slow_gland(pred, gt))
+    scores, expected = standard_metrics_of(table), slow_standard(pred, gt)
     equal([scores[key] for key in expected], list(expected.values()))
 
 
@@ -264,14 +265,6 @@ def test_hausdorff_distances_in_pieces_are_those_of_all_at_once(monkeypatch):
     expected = nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)
     monkeypatch.setattr(objects, 'PIXELS_AT_ONCE', 50)
     assert (nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)) == expected
-
-
-def test_one_table_serves_all_metrics():
-    pred, gt = blob_pair(4)
-    table = overlap_table(pred, gt)
-    assert nuclei_scores_of(table) == nuclei_accuracy_object_level(pred, gt)
-    assert gland_scores_of(table) == gland_accuracy_object_level(pred, gt)
-    assert standard_metrics_of(table) == standard_metrics(pred, gt)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -302,40 +295,31 @@ def test_two_shifted_squares():
     assert scores['pq'] == scores['dq'] == scores['sq'] == scores['f1'] == scores['ap50'] == scores['map'] == 0
 
 
-@pytest.mark.parametrize('shift, matches', [(105, True), (108, False)])
-def test_two_shifted_discs_below_and_above_the_threshold(shift, matches):
-    # radius 200: their common lens is 2 r^2 acos(d / 2r) - d / 2 sqrt(4 r^2 - d^2), IoU 0.5 at d = 106.4
-    y, x = np.ogrid[:410, :520]
-    gt, pred = ((y - 205) ** 2 + (x - 205 - d) ** 2 <= 200 ** 2 for d in (0, shift))
-    lens = 2 * 200 ** 2 * np.arccos(shift / 400) - shift / 2 * np.sqrt(400 ** 2 - shift ** 2)
-    overlap = lens / (2 * np.pi * 200 ** 2 - lens)
-    assert (overlap > 0.5) == matches
-    nuclei, scores = nuclei_accuracy_object_level(pred, gt), standard_metrics(pred, gt)
-    equal([nuclei.iou, nuclei.AJI, scores['aji']], overlap, 1e-3)
-    equal([nuclei.dice, scores['dice']], 2 * overlap / (1 + overlap), 1e-3)
-    assert nuclei.hausdorff == shift
-    equal([scores['pq'], scores['dq'], scores['sq'], scores['ap50']], [overlap * matches, matches, overlap * matches,
-                                                                      matches], 1e-3)
+WITHOUT_BACKGROUND = np.repeat([[1, 2], [3, 4]], 8, axis=0).repeat(8, axis=1)
 
 
-def test_perfect_prediction():
-    gt = blobs(3)
+@pytest.mark.parametrize('gt', [square((40, 40), (2, 3, 10, 20), (20, 20, 15, 15)), WITHOUT_BACKGROUND],
+                         ids=['two', 'without background'])
+def test_perfect_prediction(gt):
     equal(nuclei_accuracy_object_level(gt, gt), [1, 1, 1, 1, 1, 0, 1])
-    gt = square((40, 40), (2, 3, 10, 20), (20, 20, 15, 15))
     equal(gland_accuracy_object_level(gt, gt), [1, 1, 1, 1, 1, 0])
     assert set(standard_metrics(gt, gt).values()) == {1.0}
 
 
-def test_hausdorff_is_decided_by_an_inner_pixel():
+def test_one_object_everywhere():
+    # it overlaps all four, and has IoU 1/4 with the one that it takes
+    whole = np.ones_like(WITHOUT_BACKGROUND)
+    equal(nuclei_accuracy_object_level(whole, WITHOUT_BACKGROUND)[:5], [1 / 4, 1, 2 / 5, 2 / 5, 1 / 4])
+    equal(nuclei_accuracy_object_level(WITHOUT_BACKGROUND, whole)[:5], [1, 1 / 4, 2 / 5, 2 / 5, 1 / 4])
+
+
+def test_hausdorff_inside_an_object_and_at_the_image_border():
     # a full square against its own frame: the centre is 10 away, everything on the square's edge is 0 away
     gt = square((25, 25), (2, 2, 21, 21))
     frame = gt.copy()
     frame[3:22, 3:22] = 0
     equal(nuclei_accuracy_object_level(frame, gt).hausdorff, 10)
     equal(nuclei_accuracy_object_level(gt, frame).hausdorff, 10)
-
-
-def test_hausdorff_at_the_image_border():
     # the far pixels of the full image lie on no other object's side, only on the image's
     gt, pred = np.ones((20, 30), int), square((20, 30), (0, 0, 1, 1))
     equal(nuclei_accuracy_object_level(pred, gt).hausdorff, np.hypot(19, 29))
@@ -361,16 +345,11 @@ def test_nuclei_prediction_is_taken_once():
     equal(standard['aji_plus'], 30 / (36 + 30))              # the better of the two
 
 
-def test_gland_two_predictions_on_one_gland_count_once():
-    gt = square((20, 30), (5, 5, 10, 20))
-    pred = square((20, 30), (5, 5, 10, 10), (5, 15, 10, 10))
-    equal(gland_accuracy_object_level(pred, gt)[:3], [1, 0.5, 2 / 3])
-
-
-def test_gland_true_positive_needs_half_of_the_gland():
+def test_gland_true_positive_needs_half_of_the_gland_and_two_count_once():
     gt = square((20, 30), (5, 5, 10, 20))
     equal(gland_accuracy_object_level(square((20, 30), (5, 5, 10, 10)), gt)[:3], 1)
     equal(gland_accuracy_object_level(square((20, 30), (5, 5, 10, 9)), gt)[:3], 0)
+    equal(gland_accuracy_object_level(square((20, 30), (5, 5, 10, 10), (5, 15, 10, 10)), gt)[:3], [1, 0.5, 2 / 3])
 
 
 def test_gland_drops_ground_truth_under_three_pixels():
@@ -417,12 +396,8 @@ def all_scores(pred, gt):
 @pytest.mark.parametrize('dtype', [np.uint16, np.int32, np.int64, np.uint64])
 def test_ids_do_not_matter(dtype):
     pred, gt = blob_pair(5)
-    rng = np.random.default_rng(0)
-    new_ids = np.concatenate([[0], 1 + rng.permutation(np.iinfo(np.uint16).max - 1)])
-    shuffled = [new_ids[labels].astype(dtype) for labels in (pred, gt)]
     huge = [np.where(labels > 0, np.iinfo(dtype).max - labels.astype(dtype), 0).astype(dtype) for labels in (pred, gt)]
-    for changed in (shuffled, huge):
-        assert np.array_equal(all_scores(*changed), all_scores(pred, gt))
+    assert np.array_equal(all_scores(*huge), all_scores(pred, gt))
 
 
 def test_bool_masks_and_tensors_are_label_maps():
@@ -431,37 +406,6 @@ def test_bool_masks_and_tensors_are_label_maps():
     expected = all_scores(pred.astype(int), gt.astype(int))
     assert np.array_equal(all_scores(pred, gt), expected)
     assert np.array_equal(all_scores(torch.from_numpy(pred), torch.from_numpy(gt)), expected)
-
-
-def test_pieces_of_one_id_are_objects_and_touching_ids_are_not_merged():
-    one_id = square((10, 20), (1, 1, 3, 3)) + square((10, 20), (1, 10, 3, 3))
-    two_ids = square((10, 20), (1, 1, 3, 3), (1, 10, 3, 3))
-    assert np.array_equal(all_scores(one_id, two_ids), all_scores(two_ids, two_ids))
-    touching = square((10, 20), (1, 1, 3, 3), (1, 4, 3, 3))
-    assert overlap_table(touching, touching).n_gt == 2
-    assert overlap_table(np.eye(5, dtype=int), np.eye(5, dtype=int)).n_gt == 1         # diagonal neighbours
-
-
-@pytest.mark.parametrize('seed', range(4))
-def test_swapping_prediction_and_ground_truth(seed, monkeypatch):
-    monkeypatch.setattr('utils.MIN_GLAND_AREA', 1)          # which only the ground truth has
-    pred, gt = blob_pair(seed)
-    there, back = standard_metrics(pred, gt), standard_metrics(gt, pred)
-    for key in ('aji_plus', 'pq', 'dq', 'sq', 'f1', 'ap50', 'map', 'dice'):
-        equal(there[key], back[key])
-    there, back = gland_accuracy_object_level(pred, gt), gland_accuracy_object_level(gt, pred)
-    equal([there.dice, there.iou, there.hausdorff], [back.dice, back.iou, back.hausdorff])
-
-
-def test_an_image_without_background():
-    gt = np.repeat([[1, 2], [3, 4]], 8, axis=0).repeat(8, axis=1)
-    equal(nuclei_accuracy_object_level(gt, gt), [1, 1, 1, 1, 1, 0, 1])
-    equal(gland_accuracy_object_level(gt, gt), [1, 1, 1, 1, 1, 0])
-    # one object everywhere: IoU 1/4 with the one it takes
-    whole = np.ones_like(gt)
-    equal(nuclei_accuracy_object_level(whole, gt)[:5], [1 / 4, 1, 2 / 5, 2 / 5, 1 / 4])
-    equal(nuclei_accuracy_object_level(gt, whole)[:5], [1, 1 / 4, 2 / 5, 2 / 5, 1 / 4])
-    assert all(0 <= value <= 1 for value in gland_accuracy_object_level(gt, whole)[:5])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -504,33 +448,23 @@ def test_wrong_inputs_are_named(metric, pred, gt, message):
         metric(pred, gt)
 
 
-def test_wrong_inputs_of_the_pixel_level_are_named():
+def test_wrong_input_of_the_pixel_level_is_named():
     with pytest.raises(InputError, match=r'of shape \(B, H, W\), found shape \(20, 30\)'):
         accuracy_pixel_level(OBJECT, OBJECT)
-    with pytest.raises(InputError, match='found float32'):
-        accuracy_pixel_level(OBJECT[None].astype(np.float32), OBJECT[None])
-
-
-def test_average_meter():
-    meter = AverageMeter(2)
-    assert np.isnan(meter.avg).all()
-    meter.update([1, 4], n=3)
-    meter.update(np.array([5, 8]))
-    equal(meter.avg, [2, 5])
-    equal(meter.sum, [8, 20])
-    equal(meter.count, [4, 4])
-    with pytest.raises(ValueError):
-        meter.update([1, 2, 3])
 
 
 def test_average_meter_leaves_nan_out():
-    meter = AverageMeter(7)
-    meter.update(nuclei_accuracy_object_level(OBJECT, OBJECT))
-    meter.update(nuclei_accuracy_object_level(EMPTY, OBJECT))
-    equal(meter.avg, [0.5] * 5 + [0, 0.5])
-    only_nan = AverageMeter()
-    only_nan.update(NAN)
-    assert np.isnan(only_nan.avg).all()
+    meter = AverageMeter(2)
+    meter.update([NAN, NAN])
+    assert np.isnan(meter.avg).all()
+    meter.update([1, 4], n=3)
+    meter.update(np.array([5, 8]))
+    meter.update([NAN, 6])
+    equal(meter.avg, [2, 26 / 5])
+    equal(meter.sum, [8, 26])
+    equal(meter.count, [4, 5])
+    with pytest.raises(ValueError):
+        meter.update([1, 2, 3])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -538,7 +472,7 @@ def test_average_meter_leaves_nan_out():
 # ---------------------------------------------------------------------------------------------------
 
 @given(st.lists(st.tuples(*[hnp.arrays(np.int8, (6, 7), elements=st.integers(0, 4))] * 2), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pooled_metrics_are_those_of_one_large_image(pairs):
     """Images side by side with an empty column between them."""
     large = [np.concatenate([np.pad(pair[k], ((0, 0), (0, 1))) for pair in pairs], axis=1) for k in (0, 1)]
@@ -549,7 +483,7 @@ def test_pooled_metrics_are_those_of_one_large_image(pairs):
 
 
 @given(*[hnp.arrays(np.int8, (6, 7), elements=st.integers(0, 4))] * 2)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_matches_are_the_pairs_of_highest_iou_one_to_one(pred, gt):
     iou = {(p, g): ((pred == p) & (gt == g)).sum() / ((pred == p) | (gt == g)).sum()
            for p in range(1, 5) for g in range(1, 5) if ((pred == p) & (gt == g)).any()}

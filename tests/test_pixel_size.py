@@ -9,6 +9,7 @@ from PIL import Image
 
 import test as test_script
 import train
+from options import Options
 from support.checkpoints import load_checkpoint
 from support.images import pixel_size
 from support.script import InputError
@@ -19,11 +20,12 @@ IMAGE = nuclei(1, 60, 80)[0]
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    """Checkpoints of both data sets, by name; that of MultiOrgan says 0.25 um, the default, that of GlaS 0.62."""
+    """Checkpoints of both data sets, by name."""
     folder = tmp_path_factory.mktemp('weights')
-    for dataset, make in (('MultiOrgan', make_multi_organ), ('GlaS', make_glas)):
+    for dataset, make, words in (('MultiOrgan', make_multi_organ, ['--mpp', '0.4']), ('GlaS', make_glas, [])):
         train.main([*SMALL, '--dataset', dataset, '--data-dir', str(make(folder / dataset)), '--save-dir',
-                    str(folder / f'{dataset}_run'), '--transform.train.scale', '60', '--transform.val.scale', 'none'])
+                    str(folder / f'{dataset}_run'), '--transform.train.scale', '60', '--transform.val.scale', 'none',
+                    *words])
     return {dataset: folder / f'{dataset}_run/checkpoints/checkpoint.pth.tar' for dataset in ('MultiOrgan', 'GlaS')}
 
 
@@ -46,12 +48,17 @@ def with_resolution(path, mpp):
     return path
 
 
+def test_the_pixel_size_of_the_training_images_is_stored(weights):
+    stored = [load_checkpoint(weights[dataset])['options']['train']['mpp'] for dataset in ('MultiOrgan', 'GlaS')]
+    assert stored == [0.4, 0.62] and Options(True).parse([]).train['mpp'] == 0.25
+
+
 def test_mpp_is_the_scale_factor_to_the_pixel_size_of_the_weights(tmp_path, weights):
-    path = with_resolution(tmp_path / 'a.tif', 0.5)
+    path = with_resolution(tmp_path / 'a.tif', 0.8)
     expected = result(weights['MultiOrgan'], path, '--scale-factor', '2')
     assert expected[1].shape == (120, 160)
-    found = result(weights['MultiOrgan'], path, '--mpp', '0.5')
-    with pytest.warns(UserWarning, match='a.tif: 0.5 um per pixel, 2 times that of the training images'):
+    found = result(weights['MultiOrgan'], path, '--mpp', '0.8')
+    with pytest.warns(UserWarning, match='a.tif: 0.8 um per pixel, 2 times that of the training images'):
         by_itself = result(weights['MultiOrgan'], path, '--mpp', 'auto')
     for a, b, c in zip(expected, found, by_itself):
         assert np.array_equal(a, b) and np.array_equal(a, c)
@@ -74,13 +81,6 @@ def test_glands_are_scaled_by_their_pixel_size_instead_of_their_shorter_side(tmp
         instances, inside = result(weights['GlaS'], tmp_path / 'a.png', '--mpp', str(mpp))
         assert inside.shape == tuple(round(side * mpp / 0.62 * 208 / 522) for side in (180, 240))
         assert instances.shape == (180, 240)
-
-
-def test_one_s_own_pixel_size_is_stored(tmp_path, weights):
-    data = make_multi_organ(tmp_path / 'data')
-    train.main([*SMALL, '--data-dir', str(data), '--save-dir', 'run', '--mpp', '0.4'])
-    assert load_checkpoint('run/checkpoints/checkpoint.pth.tar')['options']['train']['mpp'] == 0.4
-    assert load_checkpoint(weights['GlaS'])['options']['train']['mpp'] == 0.62
 
 
 def test_what_does_not_say_its_pixel_size_is_refused(tmp_path, weights):

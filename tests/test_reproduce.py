@@ -12,14 +12,13 @@ import reproduce
 import torch
 
 import test
-from miniature import make_multi_organ, nuclei
+from miniature import SMALL, make_multi_organ, nuclei
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.files import save_image, save_instances
 from support.script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ['--n-layers', '4', '--growth-rate', '2', '--dilations', '1', '--input-size', '40', '--val-overlap', '8',
-        '--batch-size', '2', '--epochs', '2', '--workers', '0', '--gpu', 'cpu']
+TINY = [*SMALL, '--epochs', '2']
 # no network, and no SimpleITK
 ALONE = '''
 import socket
@@ -32,15 +31,11 @@ sys.modules['SimpleITK'] = None
 '''
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start the script with words, on a machine that has python3 but no python; returns (exit code, stdout, stderr)."""
     for name in ('raw', 'data', 'save'):
         monkeypatch.setenv(f'{name.upper()}_DIR', str(tmp_path / name))
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start the script with words, on a machine that has python3 but no python; returns (exit code, stdout, stderr)."""
     (tmp_path / 'bin').mkdir()
     for name in ('dirname', 'sh'):
         (tmp_path / 'bin' / name).symlink_to(f'/usr/bin/{name}')

@@ -1,5 +1,6 @@
 """Testing through its command line: the golden end-to-end numbers, files, what every option changes, refusals."""
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from utils import dilate, match_objects, standard_metrics
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = ['--model-path', str(GOLDEN / 'tiny_checkpoint.pth.tar'), '--n-layers', '4', '--growth-rate', '8',
         '--gpu', 'cpu']
+WINDOWS = ['--tta', 'none', '--patch-size', '64', '--overlap', '16', '--min-area', '1']
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +102,7 @@ def segment(images, *words, labels=True):
     """Run test.py with a small window and without augmentation."""
     label_dir = ['--label-dir', str(images / 'truth')] if labels else []
     test_script.main([*TINY, '--img-dir', str(images / 'set'), *label_dir, '--data-dir', str(images),
-                      '--save-dir', 'out', '--tta', 'none', '--patch-size', '64', '--overlap', '16', '--min-area', '1',
-                      *words])
+                      '--save-dir', 'out', *WINDOWS, *words])
     return Path('out')
 
 
@@ -128,73 +129,46 @@ def test_files_of_a_labelled_set(images):
     assert np.allclose(average, (first + second) / 2, atol=1e-4)
 
 
-def test_images_without_labels(images):
-    for words in ((), ('--label-dir', '')):
-        out = segment(images, *words, labels=False)
-        assert not (out / 'set_test_result.txt').exists()
-        assert len(list((out / 'set_segmentation').glob('*_seg.tiff'))) == 2
-
-
-def test_amp_is_autocast_on_processors_with_amx_and_only_there(images, monkeypatch):
+def test_amp_changes_little_and_is_autocast_on_processors_with_amx_only(images, monkeypatch):
     """autocast runs the plain modules, whose hooks are called; FastStage calls none."""
     monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
-    maps = {}
-    for amx in (False, True):
-        seen = set()
+    load_model, maps, seen = test_script.load_model, [], set()
+
+    def with_hooks(*arguments):
+        model = load_model(*arguments)
+        model.blocks.block1.denselayer1.conv.conv.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+        return model
+    monkeypatch.setattr(test_script, 'load_model', with_hooks)
+    for amp, amx, dtypes in (('False', True, {torch.float32}), ('True', False, set()),
+                             ('True', True, {torch.bfloat16})):
         monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-        load_model = test_script.load_model
-
-        def with_hooks(*arguments):
-            model = load_model(*arguments)
-            model.blocks.block1.denselayer1.conv.conv.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
-            return model
-        with monkeypatch.context() as patch:
-            patch.setattr(test_script, 'load_model', with_hooks)
-            segment(images, '--amp', 'True', '--overwrite', 'True', '--save-dir', f'amx {amx}')
-        assert seen == ({torch.bfloat16} if amx else set())
-        maps[amx] = pixels(Path(f'amx {amx}/set_prob_maps/a_prob_inside.png')).astype(int)
-    assert 0 < np.abs(maps[True] - maps[False]).max() <= 0.02 * 255
+        segment(images, '--amp', amp, '--save-dir', f'{amp} {amx}')
+        assert seen == dtypes
+        seen.clear()
+        maps.append(pixels(Path(f'{amp} {amx}/set_prob_maps/a_prob_inside.png')).astype(int))
+    assert all(0 < np.abs(a - b).max() <= 0.02 * 255 for a, b in itertools.combinations(maps, 2))
 
 
-def test_segment_says_what_it_expects(trained):
-    for image in (np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3)), Image.new('L', (64, 64))):
-        with pytest.raises(InputError, match='segment was given .*; expected uint8'):
-            test_script.segment(image, trained / 'pretrained/weights.pth.tar')
-
-
-def test_results_of_another_version_are_computed_again(images, monkeypatch, capsys):
-    segment(images)
-    segment(images)
-    assert '2 images were finished before' in capsys.readouterr().out
-    monkeypatch.setattr(results, 'RESULT_VERSION', results.RESULT_VERSION + 1)
-    segment(images)
-    assert 'finished before' not in capsys.readouterr().out
-
-
-def test_save_flag_off_still_scores(images):
-    out = segment(images, '--save-flag', 'False')
-    assert {path.name for path in out.iterdir()} == {'set_test_result.txt', 'set_metrics.csv', 'set_metrics.json',
-                                                     'set_records', 'test_options.txt', 'test_options.json'}
+def test_save_flag_off_still_scores_and_results_have_the_name_of_the_folder_as_given(images):
+    Path('link').symlink_to(images / 'set')
+    out = segment(images, '--save-flag', 'False', '--img-dir', 'link')
+    assert {path.name for path in out.iterdir()} == {'link_test_result.txt', 'link_metrics.csv', 'link_metrics.json',
+                                                     'link_records', 'test_options.txt', 'test_options.json'}
 
 
 @pytest.mark.filterwarnings('ignore:.*carries no mean_std')
 def test_segment_from_python_gives_what_test_py_writes(images, own_checkpoint):
     out = segment(images)
     image = pixels(images / 'set' / 'a.png')
-    label, probabilities = test_script.segment(image, 'own.pth.tar', '--tta', 'none', '--patch-size', '64', '--overlap',
-                                               '16', '--min-area', '1', '--gpu', 'cpu')
+    label, probabilities = test_script.segment(image, 'own.pth.tar', *WINDOWS, '--gpu', 'cpu')
     assert np.array_equal(label, tifffile.imread(out / 'set_segmentation' / 'a_seg.tiff')) and label.dtype == np.int32
     assert probabilities.shape == (70, 90, 3) and np.allclose(probabilities.sum(axis=2), 1, atol=1e-5)
     for channel, kind in ((1, 'inside'), (2, 'contour')):            # stored as 255 times the probability
         stored = pixels(out / 'set_prob_maps' / f'a_prob_{kind}.png')
         assert np.abs(stored / 255 - probabilities[..., channel]).max() <= 0.5 / 255 + 1e-6
-
-
-def test_amp_changes_little(images, own_checkpoint, monkeypatch):
-    monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
-    image = pixels(images / 'set' / 'a.png')
-    exact, half = (test_script.segment(image, 'own.pth.tar', '--tta', 'none', '--amp', amp)[1] for amp in ('0', '1'))
-    assert 0 < np.abs(exact - half).mean() < 0.02
+    for other in (image[..., 0], image / 255, Image.fromarray(image[..., 0])):
+        with pytest.raises(InputError, match='segment was given .*; expected uint8'):
+            test_script.segment(other, 'own.pth.tar')
 
 
 def test_all_metrics_are_in_json_and_csv(images):
@@ -202,17 +176,16 @@ def test_all_metrics_are_in_json_and_csv(images):
     report = json.loads((out / 'set_metrics.json').read_text())
     assert list(report['images']) == ['a', 'b.1'] and report['definitions'].keys() == report['mean'].keys()
     lines = [line.split('\t') for line in (out / 'set_test_result.txt').read_text().splitlines()]
-    for name in ('a', 'b.1'):
-        pred, gt = (read_instance_label(path) for path in (out / f'set_segmentation/{name}_seg.tiff',
-                                                           images / f'truth/{name}_label.png'))
+    pairs = {name: [read_instance_label(path) for path in (out / f'set_segmentation/{name}_seg.tiff',
+                                                           images / f'truth/{name}_label.png')]
+             for name in ('a', 'b.1')}
+    for name, pair in pairs.items():
         row = report['images'][name]
-        for key, value in standard_metrics(pred, gt).items():
+        for key, value in standard_metrics(*pair).items():
             assert row['published_AJI' if key == 'aji_fullnet' else key] == pytest.approx(value)
         published = [f'{row["published_" + column]:.4f}' for column in lines[0][1:]]
         assert published == next(line for line in lines[3:] if line[0] == f'{name}:')[1:]
-    side_by_side = [np.concatenate([pad(read_instance_label(out / f'set_segmentation/{name}_seg.tiff')) if kind else
-                                    pad(read_instance_label(images / f'truth/{name}_label.png'))
-                                    for name in ('a', 'b.1')]) for kind in (True, False)]
+    side_by_side = [np.concatenate([np.pad(label, 3) for label in labels]) for labels in zip(*pairs.values())]
     for key, value in standard_metrics(*side_by_side).items():
         if key != 'aji_fullnet':
             assert report['pooled'][key] == pytest.approx(value), key
@@ -221,10 +194,6 @@ def test_all_metrics_are_in_json_and_csv(images):
     table = [line.split(',') for line in (out / 'set_metrics.csv').read_text().splitlines()]
     assert table[0][1:] == list(report['mean']) and [row[0] for row in table[1:]] == ['a', 'b.1', 'mean', 'pooled']
     assert float(table[3][table[0].index('pq')]) == pytest.approx(report['mean']['pq'], abs=1e-6)
-
-
-def pad(label):
-    return np.pad(label, 3)
 
 
 def test_objects_csv_holds_what_the_segmentation_shows(images):
@@ -315,6 +284,9 @@ def test_finished_images_are_kept_until_something_changes(images, tmp_path, monk
     save_instances(label / 'a_label.png', nuclei(7, 70, 90)[1])
     segment(images, '--radius', '3', '--label-dir', str(label))
     assert len(seen) == 7
+    monkeypatch.setattr(results, 'RESULT_VERSION', results.RESULT_VERSION + 1)
+    segment(images, '--radius', '3', '--label-dir', str(label))
+    assert len(seen) == 9
 
 
 def test_a_process_that_wrote_elsewhere_is_noticed(images, monkeypatch):
@@ -365,18 +337,16 @@ def test_images_of_any_size(tmp_path, shape, name):
     assert label.shape == shape and probabilities.shape == (*shape, 3) and np.isfinite(probabilities).all()
 
 
-@pytest.mark.parametrize('words', ['--tta flips', '--tta full', '--patch-size 0', '--patch-size 40', '--overlap 40',
-                                   '--min-area 60', '--radius 4', '--transform.test.scale 50', '--dataset GlaS',
-                                   '--transform.test.normalize False', '--is-hybrid False'])
-def test_options_that_change_the_results(images, words):
+def test_options_that_change_the_results(images):
+    """Each starts beside finished results without it, which must not be kept."""
     before = everything(segment(images))
-    assert everything(segment(images, *words.split())) != before
-
-
-def test_results_have_the_name_of_the_folder_as_given(images, tmp_path):
-    (tmp_path / 'link').symlink_to(images / 'set')
-    segment(images, '--img-dir', str(tmp_path / 'link'), '--save-dir', str(tmp_path / 'out'))
-    assert (tmp_path / 'out/link_test_result.txt').is_file()
+    shutil.copytree('out', 'before')
+    for words in ('--tta flips', '--tta full', '--patch-size 0', '--patch-size 40', '--overlap 40', '--min-area 60',
+                  '--radius 4', '--transform.test.scale 50', '--dataset GlaS', '--transform.test.normalize False',
+                  '--is-hybrid False'):
+        assert everything(segment(images, *words.split())) != before, words
+        shutil.rmtree('out')
+        shutil.copytree('before', 'out')
 
 
 def test_tables_of_other_options_do_not_stay(images):
@@ -385,37 +355,20 @@ def test_tables_of_other_options_do_not_stay(images):
     assert not list(out.glob('set_metrics.*')) and not (out / 'set_test_result.txt').exists()
 
 
-def test_an_image_may_be_called_mean(images):
-    (Path('named') / 'set').mkdir(parents=True)
-    shutil.copytree(images / 'truth', 'named/truth')
-    np.save('named/mean_std.npy', np.load(images / 'mean_std.npy'))
-    for name, new in (('a', 'mean'), ('b.1', 'pooled')):
-        shutil.copy(images / f'set/{name}.png', f'named/set/{new}.png')
-        Path(f'named/truth/{name}_label.png').rename(f'named/truth/{new}_label.png')
-    before = json.loads((segment(images) / 'set_metrics.json').read_text())
-    shutil.rmtree('out')
-    metrics = json.loads((segment(Path('named')) / 'set_metrics.json').read_text())
-    assert metrics['images'] == {'mean': before['images']['a'], 'pooled': before['images']['b.1']}
-    assert metrics['mean'] == before['mean'] and metrics['pooled'] == before['pooled']
-    assert [row['image'] for row in csv.DictReader(open('out/set_metrics.csv'))] == ['mean', 'pooled'] * 2
-
-
-def test_defaults_find_the_newest_run_and_the_epoch(images, tmp_path):
+def test_defaults_find_the_newest_run_and_the_epoch(images):
+    runs = Path('experiments/MultiOrgan')
     for run, epoch in (('1', 'best'), ('3', 'best'), ('3', '20')):
-        folder = tmp_path / 'experiments' / 'MultiOrgan' / run / 'checkpoints'
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f'checkpoint_{epoch}.pth.tar').write_bytes((GOLDEN / 'tiny_checkpoint.pth.tar').read_bytes())
+        (runs / run / 'checkpoints').mkdir(parents=True, exist_ok=True)
+        shutil.copy(GOLDEN / 'tiny_checkpoint.pth.tar', runs / run / f'checkpoints/checkpoint_{epoch}.pth.tar')
+    words = [*TINY[2:], '--img-dir', str(images / 'set'), '--data-dir', str(images), '--tta', 'none']
+    (runs / '4/checkpoints').mkdir(parents=True)                                               # has just begun
     for epoch in ('best', '20'):
-        test_script.main([*TINY[2:], '--img-dir', str(images / 'set'), '--data-dir', str(images), '--tta', 'none',
-                          '--epoch', epoch])
-        assert (tmp_path / 'experiments' / 'MultiOrgan' / '3' / epoch / 'set_segmentation').is_dir()
-    (tmp_path / 'experiments/MultiOrgan/4/checkpoints').mkdir(parents=True)                    # has just begun
-    test_script.main([*TINY[2:], '--img-dir', str(images / 'set'), '--data-dir', str(images), '--tta', 'none'])
-    assert not (tmp_path / 'experiments/MultiOrgan/4/best').exists()
+        test_script.main([*words, *(['--epoch', epoch] if epoch == '20' else [])])
+        assert (runs / '3' / epoch / 'set_segmentation').is_dir() and not (runs / '4' / epoch).exists()
     with pytest.raises(InputError, match='--epoch chooses a checkpoint of a run, and --model-path names a checkpoint'):
         test_script.main([*TINY, '--img-dir', str(images / 'set'), '--epoch', '20'])
     with pytest.raises(InputError, match='no checkpoint at .*4/checkpoints/checkpoint_7.pth.tar'):
-        test_script.main([*TINY[2:], '--img-dir', str(images / 'set'), '--epoch', '7'])
+        test_script.main([*words, '--epoch', '7'])
 
 
 def test_16_bit_images_and_masks_are_taken_when_told(images, tmp_path):
@@ -498,12 +451,14 @@ def own_checkpoint(tmp_path):
     return checkpoint
 
 
-def test_our_checkpoints_need_no_architecture_flags_and_no_mean_std_file(images, tmp_path, own_checkpoint):
+def test_our_checkpoints_need_no_architecture_flags_and_no_mean_std_file(images, own_checkpoint):
     published = everything(segment(images))
-    test_script.main(['--model-path', 'own.pth.tar', '--img-dir', str(images / 'set'), '--label-dir',
-                      str(images / 'truth'), '--save-dir', 'out', '--tta', 'none', '--patch-size', '64', '--overlap',
-                      '16', '--min-area', '1', '--gpu', 'cpu'])
+    words = ['--model-path', 'own.pth.tar', '--img-dir', str(images / 'set'), '--label-dir', str(images / 'truth'),
+             '--save-dir', 'out', *WINDOWS, '--gpu', 'cpu']
+    test_script.main(words)
     assert everything(Path('out')) == published
+    with pytest.raises(InputError, match='--n-layers is 6, but own.pth.tar was trained with 4; leave it out'):
+        test_script.main([*words, '--n-layers', '6'])
 
 
 @pytest.mark.filterwarnings('ignore:.*was trained on GlaS')
@@ -537,11 +492,6 @@ def test_other_transforms_than_in_validation_are_named(images, tmp_path, own_che
     test_script.parse_options(['--model-path', 'own.pth.tar', '--img-dir', str(images / 'set'), *words])
     notes = [str(warning.message) for warning in recwarn if 'validation' in str(warning.message)]
     assert len(notes) == (said is not None) and all(said in text for text in notes)
-
-
-def test_a_flag_that_contradicts_our_checkpoint_is_refused(images, own_checkpoint):
-    with pytest.raises(InputError, match='--n-layers is 6, but own.pth.tar was trained with 4; leave it out'):
-        test_script.main(['--model-path', 'own.pth.tar', '--img-dir', str(images / 'set'), '--n-layers', '6'])
 
 
 def test_a_published_checkpoint_without_mean_std_takes_the_published_values_with_a_warning(images, tmp_path):

@@ -53,31 +53,21 @@ def grey_edges():
     return np.asarray(mask.resize((192, 192), Image.BILINEAR).resize((96, 96), Image.BILINEAR))
 
 
-def through_jpeg(tmp_path):
-    Image.fromarray((INSTANCES > 0).astype(np.uint8) * 255).save(tmp_path / 'mask.jpg', quality=90)
-    return np.asarray(Image.open(tmp_path / 'mask.jpg'))
-
-
 def class_map():
     return ((INSTANCES > 0) * (INSTANCES % 4 + 1)).astype(np.uint8)
 
 
-def test_masks_with_values_in_between_are_their_objects_with_binary_labels(tmp_path):
-    for name, mask in (('grey', grey_edges()), ('jpeg', through_jpeg(tmp_path))):
+def test_objects_of_masks_and_class_maps_are_their_pieces_with_binary_labels(tmp_path):
+    Image.fromarray((INSTANCES > 0).astype(np.uint8) * 255).save(tmp_path / 'mask.jpg', quality=90)
+    for name, mask in (('grey', grey_edges()), ('jpeg', np.asarray(Image.open(tmp_path / 'mask.jpg')))):
         assert len(np.unique(mask)) > 5
         label, notes = with_notes(save(tmp_path / f'{name}.png', mask), binary_labels=True)
         expected, n = ndimage.label(mask >= mask.max() / 2, np.ones((3, 3)))
         assert np.array_equal(label, expected) and abs(n - N) <= 2
         assert len(notes) == 1 and f'at least half of {mask.max()}: {n} objects' in notes[0]
-
-
-def test_class_maps_are_their_pieces_with_binary_labels(tmp_path):
     label, notes = with_notes(save(tmp_path / 'x.png', class_map()), binary_labels=True)
     assert np.array_equal(label, ndimage.label(INSTANCES, np.ones((3, 3)))[0])
     assert notes == [f'x.png: 4 values; objects are the connected pixels above 0: {label.max()} objects']
-
-
-def test_instance_labels_stay_with_binary_labels(tmp_path):
     label, notes = with_notes(save(tmp_path / 'x.png', INSTANCES), binary_labels=True)
     assert np.array_equal(label, INSTANCES)
     assert len(notes) == 1 and 'look like one id per object and are kept, in spite of --binary-labels' in notes[0]
@@ -98,38 +88,29 @@ def test_a_label_without_background_is_noted_unless_one_object_fills_it(tmp_path
     assert with_notes(save(tmp_path / 'x.png', np.ones((9, 9), np.uint8)))[1] == []
 
 
-@pytest.mark.parametrize('shape', [(1, 96, 96), (96, 96, 1)])
-def test_a_label_of_one_channel_is_read_without_a_word(tmp_path, shape):
-    label, notes = with_notes(save(tmp_path / 'x.npy', INSTANCES.reshape(shape)))
-    assert np.array_equal(label, INSTANCES) and notes == []
-
-
-@pytest.mark.parametrize('shape', [(96, 96, 6), (3, 96, 96), (96, 96, 3), (2, 1, 96, 96)])
-def test_other_stacks_are_named_by_their_shape(tmp_path, shape):
-    with pytest.raises(InputError) as refused:
-        read_instance_label(save(tmp_path / 'x.npy', np.zeros(shape, np.int32)))
-    assert f'has shape {shape}; expected a label of shape (height, width)' in str(refused.value)
+def test_a_label_of_one_channel_is_read_without_a_word_and_other_stacks_are_named(tmp_path):
+    for shape in ((1, 96, 96), (96, 96, 1)):
+        label, notes = with_notes(save(tmp_path / 'x.npy', INSTANCES.reshape(shape)))
+        assert np.array_equal(label, INSTANCES) and notes == []
+    for shape in ((96, 96, 6), (3, 96, 96), (96, 96, 3), (2, 1, 96, 96)):
+        with pytest.raises(InputError) as refused:
+            read_instance_label(save(tmp_path / 'x.npy', np.zeros(shape, np.int32)))
+        assert f'has shape {shape}; expected a label of shape (height, width)' in str(refused.value)
 
 
 # ---------------------------------------------------------------------------------------------------
 # GeoJSON
 # ---------------------------------------------------------------------------------------------------
 
-def touching_label():
+def test_label_to_geojson_to_label_is_exact(tmp_path):
     """Objects that touch, with a hole, in several parts, at the border, with gaps in the ids."""
     label = np.zeros((40, 50), np.int32)
     label[0:10, 0:10], label[0:10, 10:20], label[10:12, 5:15] = 7, 3, 12
     label[20:35, 20:40], label[25:30, 25:30], label[27, 27] = 5, 0, 9
     label[38:, 45:], label[37, 44] = 20, 20                                    # joined by a corner
     label[np.random.default_rng(0).random(label.shape) < 0.1] = 30
-    return label
-
-
-@pytest.mark.parametrize('ending', ['.geojson', '.json', '.geojson.gz'])
-def test_label_to_geojson_to_label_is_exact(tmp_path, ending):
-    label = touching_label()
-    export_geojson.write_geojson(tmp_path / f'a{ending}', export_geojson.features(label, 'a'))
-    assert np.array_equal(instance_label_from_geojson(tmp_path / f'a{ending}', *label.shape), label)
+    export_geojson.write_geojson(tmp_path / 'a.geojson', export_geojson.features(label, 'a'))
+    assert np.array_equal(instance_label_from_geojson(tmp_path / 'a.geojson', *label.shape), label)
 
 
 def feature(kind, coordinates, **properties):
@@ -233,21 +214,16 @@ def test_three_grey_pages_are_rgb_where_the_metadata_say_so(tmp_path):
 # Names
 # ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('ending', ['_mask', '_masks', '_cp_masks', '-labelled', '_GT', '_labels'])
-def test_labels_are_found_by_the_endings_of_other_tools(tmp_path, ending):
-    images = [save(tmp_path / f'images/{name}.png', IMAGE) for name in 'ab']
-    labels = [save(tmp_path / f'labels/{name}{ending}.png', INSTANCES) for name in 'ab']
+def test_labels_are_found_by_the_endings_of_other_tools(tmp_path):
+    endings = ['_mask', '_masks', '_cp_masks', '-labelled', '_GT', '_labels']
+    images = [save(tmp_path / f'images/{k}.png', IMAGE) for k in range(len(endings))]
+    labels = [save(tmp_path / f'labels/{k}{ending}.png', INSTANCES) for k, ending in enumerate(endings)]
     assert find_labels(images, tmp_path / 'labels') == labels
-    save(tmp_path / 'labels/a.png', INSTANCES)
-    with pytest.raises(InputError, match='are both named as labels of a.png; keep one'):
-        find_labels(images, tmp_path / 'labels')
-
-
-def test_missing_labels_say_what_was_looked_for_and_seen(tmp_path):
-    images = [save(tmp_path / 'images/a.png', IMAGE)]
-    save(tmp_path / 'labels/other.png', INSTANCES)
     with pytest.raises(InputError, match='1 instance labels of images missing in .*labels: a.png; for the first looked '
-                                         'for a, a_label, .* with .png .*; saw other.png'):
+                                         'for a, a_label, .* with .png .*; saw 0_mask.png'):
+        find_labels([*images, save(tmp_path / 'images/a.png', IMAGE)], tmp_path / 'labels')
+    save(tmp_path / 'labels/0.png', INSTANCES)
+    with pytest.raises(InputError, match='are both named as labels of 0.png; keep one'):
         find_labels(images, tmp_path / 'labels')
 
 
@@ -269,8 +245,7 @@ def own(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
-@pytest.mark.parametrize('ending', ['', '.png'])
+@pytest.mark.parametrize('encoding, ending', [('utf-8', ''), ('utf-8-sig', '.png'), ('utf-16', '')])
 def test_split_files_as_editors_write_them_and_names_in_either_unicode_form(own, encoding, ending):
     split = {part: [unicodedata.normalize('NFC', f'Färbung_{i}{ending}')]
              for i, part in enumerate(('train', 'val', 'test'))}

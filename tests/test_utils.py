@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import utils
-from FullNet import FullNet, create_model
+from FullNet import create_model
 from support import devices, files, script
 from support.checkpoints import WeightAverage, load_checkpoint, load_weights, save_checkpoint
 from support.devices import choose_device
@@ -26,10 +26,9 @@ from support.files import atomic_path, save_instances
 from support.images import read_instance_label
 from support.script import InputError
 from utils import (dilate, disk, orient, orient_back, post_process, predict_in_bands, predict_probabilities,
-                   remove_small_components, split_forward, window_grid)
+                   split_forward)
 
 GOLDEN = Path(__file__).parent / 'golden'
-ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)
 MODEL = dict(name='FullNet', in_c=3, out_c=3, n_layers=4, growth_rate=4, drop_rate=0.1, compress_ratio=0.5,
              dilations=(1, 2), is_hybrid=True, layer_type='basic')
@@ -54,24 +53,12 @@ def test_sliding_window_is_the_golden_one(i, device='cpu'):
     assert np.abs(output.cpu().numpy() - golden[f'{i}/output']).max() < 1e-5
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.data())
 def test_every_pixel_is_written_once_by_a_pointwise_model(height, width, size, data):
     overlap = data.draw(st.integers(0, size - 1))
     image = torch.rand(1, 2, height, width) + 1
     assert torch.equal(split_forward(lambda x: x[:, :1] * 3, image, size, overlap, 1), image[:, :1] * 3)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 500), st.integers(1, 100), st.data())
-def test_windows_lie_inside_and_cover_the_padded_side(length, size, data):
-    overlap = data.draw(st.integers(0, size - 1))
-    padded, windows = window_grid(length, size, overlap)
-    written = np.zeros(padded, int)
-    for start, stop, first, end in windows:
-        assert 0 <= start <= first < end <= stop <= padded and stop - start <= size
-        written[first:end] += 1
-    assert padded >= length and (written >= 1).all() and written.max() <= 1 + overlap % 2
 
 
 def test_a_window_as_large_as_its_overlap_is_refused():
@@ -94,7 +81,7 @@ def test_the_eight_orientations_are_different_and_undone_exactly():
 
 
 @pytest.mark.parametrize('tta, calls', [('none', 1), ('flips', 4), ('full', 8)])
-def test_an_equivariant_model_gives_the_same_map_with_augmentation(tta, calls):
+def test_augmentation_is_the_mean_of_all_orientations(tta, calls):
     seen = []
 
     def blur(image):                         # equivariant: a symmetric filter
@@ -104,13 +91,8 @@ def test_an_equivariant_model_gives_the_same_map_with_augmentation(tta, calls):
     image = RNG.integers(0, 256, (20, 33, 3)).astype(np.uint8)
     assert np.allclose(predict_probabilities(blur, image, tta), blur(image), rtol=1e-6)
     assert len(seen) == calls + 1
-
-
-def test_augmentation_averages_what_is_not_equivariant():
-    image = np.zeros((2, 2, 3), np.uint8)
-    corner = np.zeros((2, 2, 1))
-    corner[0, 0] = 1
-    assert np.allclose(predict_probabilities(lambda _: corner, image, 'full'), 0.25)
+    corner = np.array([[1, 0], [0, 0]])[..., None]             # not equivariant: always at the top left
+    assert np.allclose(predict_probabilities(lambda _: corner, image[:2, :2], tta), corner if calls == 1 else 0.25)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -135,18 +117,10 @@ def slow_post_process(inside, min_area, radius):
     return result
 
 
-@pytest.mark.parametrize('seed, min_area, radius', [(0, 3, 2), (1, 5, 1), (2, 0, 3), (3, 4, 0)])
-def test_post_processing_equals_the_slow_version(seed, min_area, radius):
-    inside = np.random.default_rng(seed).random((16, 18)) < 0.35
+@pytest.mark.parametrize('share, min_area, radius', [(0.35, 3, 2), (0.4, 5, 1), (0.3, 0, 3), (0.35, 4, 0), (0, 20, 2)])
+def test_post_processing_equals_the_slow_version(share, min_area, radius):
+    inside = np.random.default_rng(0).random((16, 18)) < share
     assert (post_process(inside, min_area, radius) == slow_post_process(inside, min_area, radius)).all()
-
-
-def test_a_component_of_exactly_min_area_stays_and_corners_do_not_connect():
-    mask = np.zeros((8, 8), bool)
-    mask[0, :4] = mask[3:5, 3:5] = mask[5, 5] = True           # 4 pixels, and 4 + 1 touching at a corner
-    assert remove_small_components(mask, 4).sum() == 8
-    assert remove_small_components(mask, 5).sum() == 0
-    assert post_process(mask, 1, 0).max() == 2                 # labels are 8-connected
 
 
 def test_a_scaled_mask_is_resized_to_the_original_size():
@@ -156,27 +130,17 @@ def test_a_scaled_mask_is_resized_to_the_original_size():
     assert label.shape == (40, 60) and label.dtype == np.int32 and 390 <= (label == 1).sum() <= 400
 
 
-def test_nothing_inside_gives_an_empty_label():
-    assert post_process(np.zeros((9, 9), bool), 20, 2).max() == 0
-
-
-def test_disk():
-    assert disk(0).tolist() == [[True]]
-    assert disk(1).astype(int).tolist() == [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
-    assert disk(2).sum() == 13
-
-
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
-def test_checkpoints_load_with_and_without_the_module_prefix(tmp_path, prefix):
-    model = FullNet(3, 3, n_layers=4, growth_rate=4, dilations=(1, 2))
-    torch.save({'epoch': 1, 'state_dict': {prefix + k: v for k, v in model.state_dict().items()}}, tmp_path / 'c')
-    weights = load_checkpoint(tmp_path / 'c')['state_dict']
-    load_weights(model, weights, MODEL, 'c')
-    assert set(weights) == set(model.state_dict())
+def test_saved_checkpoints_have_the_published_prefix_and_load_without_it(tmp_path):
+    weights = create_model(**MODEL).state_dict()
+    save_checkpoint(tmp_path / 'c.tar', {'epoch': 3, 'state_dict': weights, 'best_iou': 0.5})
+    assert list(torch.load(tmp_path / 'c.tar', weights_only=True)['state_dict']) == [f'module.{key}' for key in weights]
+    torch.save({'state_dict': weights}, tmp_path / 'without.tar')
+    for name in ('c.tar', 'without.tar'):
+        assert list(load_checkpoint(tmp_path / name)['state_dict']) == list(weights)
 
 
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
@@ -213,23 +177,19 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(tmp_path, protocol):
         load_checkpoint(path)
     assert not (tmp_path / 'owned').exists()
     if protocol != 'pickle':
-        with pytest.raises(InputError, match='was not loaded: it could run code'):
+        with pytest.raises(InputError, match='was not loaded: it could run code; get .* as weights only'):
             load_checkpoint(path)
 
 
 TINY = (GOLDEN / 'tiny_checkpoint.pth.tar').read_bytes()
-NO_WEIGHTS = 'expected a dict with a state_dict of tensors'
 
 
 @pytest.mark.parametrize('content, message', [
     (None, 'no checkpoint at .*c; train first, or give --model-path'),
-    *[(content, 'is not a checkpoint, or is damaged') for content in (
-        b'', b'hello', b'PK\x03\x04 broken', b'PK\5\6' + bytes(18), TINY[:1000], TINY[:100_000])],
-    *[(content, NO_WEIGHTS) for content in ([1, 2], torch.zeros(3), {'weights': 3}, {'state_dict': {'a': 3}},
-                                            {'state_dict': {1: torch.zeros(1)}}, {'weight': torch.zeros(1)})],
-    (nn.Linear(1, 1), 'as weights only'),
-], ids=['missing', 'empty', 'text', 'broken', 'another archive', 'truncated', 'half', 'list', 'tensor', 'no state_dict',
-        'of numbers', 'numbers as keys', 'weights alone', 'module'])
+    *[(content, 'is not a checkpoint, or is damaged') for content in (b'', b'hello', TINY[:100_000])],
+    *[(content, 'expected a dict with a state_dict of tensors') for content in (
+        [1, 2], {'weight': torch.zeros(1)}, {'state_dict': {'a': 3}}, {'state_dict': {1: torch.zeros(1)}})],
+], ids=['missing', 'empty', 'text', 'half', 'list', 'weights alone', 'of numbers', 'numbers as keys'])
 def test_files_that_are_no_checkpoints(tmp_path, content, message):
     if isinstance(content, bytes):
         (tmp_path / 'c').write_bytes(content)
@@ -242,9 +202,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, message):
 @pytest.mark.parametrize('change, message', [
     (dict(n_layers=6), 'n_layers is 6 in the file, 4 in the options'),
     (dict(growth_rate=5), 'growth_rate is 5 in the file, 4 in the options'),
-    (dict(out_c=4), 'out_c is 4 in the file, 3 in the options'),
-    (dict(in_c=1), 'in_c is 1 in the file, 3 in the options'),
-    (dict(name='FCN_pooling', dilations=(1,) * 7), 'file does not fit the model'),
+    (dict(in_c=1, out_c=4), 'in_c is 1 in the file, 3 in the options, out_c is 4 in the file, 3 in the options'),
     (dict(layer_type='bottleneck'), 'layer_type is bottleneck in the file, basic in the options'),
     (dict(dilations=(1, 2, 4)), '3 dense blocks in the file, dilations has 2'),
     (dict(compress_ratio=0.4), 'compress_ratio or another option differs'),
@@ -260,9 +218,6 @@ def test_missing_extra_and_broken_weights_are_named():
     weights = dict(model.state_dict())
     with pytest.raises(InputError, match='1 extra: more'):
         load_weights(model, {**weights, 'more': torch.zeros(1)}, MODEL, 'file')
-    for of_another_network in ({}, {'fc.weight': torch.zeros(3)}, {**weights, 'conv2.bias': torch.zeros(5)}):
-        with pytest.raises(InputError, match='file does not fit the model'):
-            load_weights(model, of_another_network, MODEL, 'file')
     with pytest.raises(InputError, match='not those of a FullNet.*fc.weight'):
         load_weights(model, {'fc.weight': torch.zeros(3)}, MODEL, 'file')
     with pytest.raises(InputError, match='1 missing: conv2.weight'):
@@ -279,12 +234,6 @@ def test_half_and_double_weights_are_converted_with_a_warning(dtype):
         load_weights(model, weights, MODEL, 'file')
     assert model.conv2.weight.dtype == torch.float32
     assert torch.equal(model.conv2.weight.to(dtype), weights['conv2.weight'])
-
-
-def test_saved_checkpoints_are_in_the_published_format(tmp_path):
-    save_checkpoint(tmp_path / 'c.tar', {'epoch': 3, 'state_dict': {'w': torch.ones(2)}, 'best_iou': 0.5})
-    assert list(torch.load(tmp_path / 'c.tar', weights_only=True)['state_dict']) == ['module.w']
-    assert list(load_checkpoint(tmp_path / 'c.tar')['state_dict']) == ['w']
 
 
 def test_weight_average_follows_the_weights():
@@ -363,14 +312,6 @@ def test_a_gpu_that_cannot_be_used_is_a_note_where_another_device_will_do(monkey
     assert choose_device([]).type == 'cpu'
 
 
-def test_a_gpu_without_its_driver_or_cuda_is_no_traceback(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip('there is a GPU')
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    with pytest.warns(UserWarning, match=r'GPU 0 cannot be used \(.+\); the CPU is used instead'):
-        assert choose_device('auto').type == 'cpu'
-
-
 WHOLE = {'RANK': '1', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
 
 
@@ -382,9 +323,7 @@ def set_variables(monkeypatch, values):
 
 
 @pytest.mark.parametrize('values, place', [
-    ({}, (0, 0, 1)), ({'MASTER_ADDR': '', 'MASTER_PORT': 'x'}, (0, 0, 1)), ({'WORLD_SIZE': '1'}, (0, 0, 1)),
-    ({'WORLD_SIZE': '1', 'RANK': '0'}, (0, 0, 1)), (WHOLE | {'WORLD_SIZE': '1', 'RANK': '0'}, (0, 0, 1)),
-    (WHOLE, (1, 0, 2)),
+    ({'MASTER_ADDR': '', 'MASTER_PORT': 'x'}, (0, 0, 1)), ({'WORLD_SIZE': '1'}, (0, 0, 1)), (WHOLE, (1, 0, 2)),
 ])
 def test_the_place_among_the_processes_of_torchrun(monkeypatch, values, place):
     set_variables(monkeypatch, values)
@@ -393,13 +332,9 @@ def test_the_place_among_the_processes_of_torchrun(monkeypatch, values, place):
 
 @pytest.mark.parametrize('values, message', [
     *(({key: value for key, value in WHOLE.items() if key != name}, f'{name} is missing') for name in WHOLE),
-    ({'RANK': '0'}, 'WORLD_SIZE is missing'), ({'LOCAL_RANK': '1'}, 'WORLD_SIZE is missing'),
-    ({'WORLD_SIZE': '1', 'RANK': ''}, 'RANK is empty'),
+    ({'RANK': '0'}, 'WORLD_SIZE is missing'), ({'WORLD_SIZE': '1', 'RANK': ''}, 'RANK is empty'),
     (WHOLE | {'MASTER_PORT': 'x'}, "MASTER_PORT is 'x', expected a number"),
-    (WHOLE | {'RANK': '-1'}, "RANK is '-1', expected a number"),
-    (WHOLE | {'RANK': '2'}, 'RANK is 2, expected less than 2'),
     (WHOLE | {'LOCAL_RANK': '2'}, 'LOCAL_RANK is 2, expected less than 2'),
-    (WHOLE | {'WORLD_SIZE': '0'}, 'RANK is 1, expected less than 0'),
     (WHOLE | {'MASTER_PORT': '65536'}, 'MASTER_PORT is 65536, expected less than 65536'),
 ])
 def test_variables_of_torchrun_that_are_half_there_are_refused(monkeypatch, values, message):
