@@ -32,7 +32,7 @@ METRICS = {
     'GlaS': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff'),
 }
 GLAS_HEIGHT = 522        # pixels: the shorter side of most GlaS images, which the transform `scale` is meant for
-PRETRAINED = Path(__file__).parent / 'pretrained' / 'FullNet_MultiOrgan.pth.tar'
+PRETRAINED = Path(__file__).parent / 'pretrained'            # the weights that come with the code: FullNet_{dataset}
 # mean and standard deviation of the published data sets, for published checkpoints, which carry none
 PUBLISHED_MEAN_STD = {
     'MultiOrgan': [[0.74408994, 0.53806349, 0.66497889], [0.15811703, 0.19705941, 0.15046222]],
@@ -158,15 +158,14 @@ def parse_options(argv=None):
 
 def take_pretrained_if_untrained(opt):
     """Test the weights that come with the code if the user has trained nothing and named no checkpoint."""
-    test = opt.test
+    test, runs, weights = opt.test, Path('experiments', opt.dataset), PRETRAINED / f'FullNet_{opt.dataset}.pth.tar'
     chosen = {('test', name) for name in ('model_path', 'epoch')} & opt.given
-    if chosen or opt.dataset != 'MultiOrgan' or Path(test['model_path']).exists() or not PRETRAINED.is_file() \
-            or any(Path('experiments/MultiOrgan').glob('*/checkpoints')):
+    if chosen or Path(test['model_path']).exists() or not weights.is_file() or any(runs.glob('*/checkpoints')):
         return
-    test['model_path'] = str(PRETRAINED)
+    test['model_path'] = str(weights)
     if ('test', 'save_dir') not in opt.given:
-        test['save_dir'] = results_folder(PRETRAINED, opt.dataset)
-    print(f'no trained run in ./experiments/MultiOrgan: taking the weights that come with the code, {PRETRAINED}')
+        test['save_dir'] = results_folder(weights, opt.dataset)
+    print(f'no trained run in ./{runs.as_posix()}: taking the weights that come with the code, {weights}')
 
 
 def find_normalizer(opt, checkpoint):

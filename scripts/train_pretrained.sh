@@ -5,7 +5,7 @@
 # Started again, it goes on where it stopped. Arguments go to train.py: sh scripts/train_pretrained.sh --workers 1
 # RAW_DIR: the files as downloaded. DATA_DIR, DATA_500: where they are prepared, in patches of 250 and of 500 pixels.
 # SAVE_DIR: run folders. INIT_FROM: weights to start from; by default none. OUT: the file of weights, by default that
-# which comes with the code: it is replaced, and so are the facts in README.md, expected.json and tissue.jpg beside it.
+# which comes with the code: it is replaced, and so are the .json, the .jpg and the facts in the .md beside it.
 set -eu
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PWD/.venv/Scripts:$PATH            # Scripts on Windows (Git Bash)

@@ -1,18 +1,18 @@
 """Check the weights that come with the code: the file, what it finds in two images, and its scores.
 
-    python scripts/verify_pretrained.py [DATA_DIR] [--tta none] [--weights pretrained/FullNet_MultiOrgan.pth.tar]
+    python scripts/verify_pretrained.py [DATA_DIR] [--tta none] [--weights FILE.pth.tar]
     python scripts/verify_pretrained.py --write
 
-Beside the weights lie README.md, a model card with their SHA-256, and expected.json, with the number of objects and the
-mean probabilities in two images: the immunohistochemistry picture of scikit-image (real tissue, 512 x 512, part of the
-package: nothing is downloaded), recoloured as H&E, with --color-norm True; and a synthetic one. Numbers of objects may
-differ by 5 %, mean probabilities by 0.01. With DATA_DIR, a folder prepared by prepare_data.py, the scores on its val
-images are computed anew; the mean AJI may differ by 0.005 from that in the weights. --tta chooses which of the scores
-in the weights; full takes 8 times as long as none. A line for each check; exit code 0: all pass, 1: some fail, 2: they
-cannot be made.
+Beside the weights, by default all in pretrained/, lie FILE.md, a model card with their SHA-256, and FILE.json, with the
+number of objects and the mean probabilities in two images: the immunohistochemistry picture of scikit-image (real
+tissue, 512 x 512, part of the package: nothing is downloaded), recoloured as H&E, with --color-norm True; and a
+synthetic one. Numbers of objects may differ by 5 %, mean probabilities by 0.01. With DATA_DIR, a folder prepared by
+prepare_data.py, the weights that were trained on it are scored anew on its val images; the mean AJI may differ by 0.005
+from that in the weights. --tta chooses which of the scores in the weights; full takes 8 times as long as none. A line
+for each check; exit code 0: all pass, 1: some fail, 2: they cannot be made.
 
---write: for whoever made new weights; writes expected.json, the facts that the weights carry into README.md, and the
-objects found in the tissue, tissue.jpg.
+--write: for whoever made new weights; writes FILE.json, the facts that the weights carry into FILE.md, and the objects
+found in the tissue, FILE.jpg.
 """
 import argparse
 import contextlib
@@ -30,7 +30,7 @@ from skimage.data import immunohistochemistry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test as test_script  # noqa: E402
 from scripts.make_demo_data import make_image  # noqa: E402
-from support.checkpoints import load_checkpoint  # noqa: E402
+from support.checkpoints import load_checkpoint, load_mean_std  # noqa: E402
 from support.files import save_image, sha256_of, write_text  # noqa: E402
 from support.pictures import draw_overlay  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
@@ -95,7 +95,13 @@ class Checks:
         print(f'{"pass" if passed else "FAIL"}  {text}', flush=True)
 
 
-def check_hash(check, weights, card):
+def beside(weights, ending):
+    """The path of a file that belongs to a file of weights."""
+    return weights.with_name(weights.name.removesuffix('.pth.tar') + ending)
+
+
+def check_hash(check, weights):
+    card = beside(weights, '.md')
     known = re.search(r'SHA-256\W+([0-9a-f]{64})', card.read_text(encoding='utf-8')) if card.is_file() else None
     if known is None:
         raise InputError(f'no SHA-256 in {card}; take the file that belongs to {weights}, or make it anew with '
@@ -105,7 +111,8 @@ def check_hash(check, weights, card):
           + ('' if found == known[1] else f', expected {known[1]}; copy the file again'))
 
 
-def check_images(check, weights, expected_path):
+def check_images(check, weights):
+    expected_path = beside(weights, '.json')
     if not expected_path.is_file():
         raise InputError(f'no {expected_path}; take the file that belongs to {weights}')
     expected = json.loads(expected_path.read_text(encoding='utf-8'))
@@ -176,12 +183,13 @@ def with_section(card, section):
     return card[:card.index(BEGIN)] + section + card[card.index(END) + len(END):]
 
 
-def write_expected(weights, card, expected):
-    found = measure(weights, card.with_name('tissue.jpg'))
+def write_expected(weights):
+    card, expected, picture = (beside(weights, ending) for ending in ('.md', '.json', '.jpg'))
+    found = measure(weights, picture)
     section = card_section(weights, found)
     write_text(expected, json.dumps(found, indent=1) + '\n')
     write_text(card, with_section(card.read_text(encoding='utf-8') if card.is_file() else '', section))
-    print(f'wrote {expected}, tissue.jpg and the facts in {card}')
+    print(f'wrote {expected}, {picture.name} and the facts in {card}')
 
 
 def main(argv=None):
@@ -189,18 +197,27 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data_dir', type=Path, nargs='?', help='prepared data, to compute the val scores anew')
     parser.add_argument('--tta', default='none', choices=('none', 'flips', 'full'), help='which of the stored scores')
-    parser.add_argument('--weights', type=Path, default=test_script.PRETRAINED)
-    parser.add_argument('--write', action='store_true', help='write expected.json and README.md beside the weights')
+    parser.add_argument('--weights', type=Path, help='by default all that come with the code')
+    parser.add_argument('--write', action='store_true', help='write what lies beside the weights')
     args = parser.parse_args(argv)
-    card, expected = args.weights.with_name('README.md'), args.weights.with_name('expected.json')
-    load_checkpoint(args.weights)                                        # there, and not damaged
+    files = [args.weights] if args.weights else sorted(test_script.PRETRAINED.glob('*.pth.tar'))
+    mean_stds = {weights: load_checkpoint(weights).get('mean_std') for weights in files}
     if args.write:
-        return write_expected(args.weights, card, expected)
-    check = Checks()
-    check_hash(check, args.weights, card)
-    check_images(check, args.weights, expected)
+        for weights in files:
+            write_expected(weights)
+        return
+    check, scored = Checks(), []
     if args.data_dir:
-        check_scores(check, args.weights, args.data_dir, args.tta)
+        mean_std = load_mean_std(args.data_dir / 'mean_std.npy')
+        scored = [weights for weights, known in mean_stds.items() if known and np.allclose(known, mean_std)]
+        if not scored:
+            raise InputError(f'no weights were trained on {args.data_dir}: mean_std.npy is another one than that of '
+                             f'{", ".join(map(str, files))}')
+    for weights in files:
+        check_hash(check, weights)
+        check_images(check, weights)
+        if weights in scored:
+            check_scores(check, weights, args.data_dir, args.tta)
     if check.failed:
         print(f'{check.failed} checks failed')
         sys.exit(1)

@@ -27,7 +27,7 @@ from support.devices import MixedPrecision, Processes, put_on
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA GPU')
 on_both = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)], indirect=True)
-WEIGHTS = [str(path) for path in sorted(test_script.PRETRAINED.parent.glob('*.pth.tar'))]
+WEIGHTS = [str(path) for path in sorted(test_script.PRETRAINED.glob('*.pth.tar'))]
 
 
 @pytest.fixture(autouse=True)

@@ -50,11 +50,11 @@ def made(tmp_path_factory):
                       str(data / 'images/val_full'), '--label-dir', str(data / 'labels_instance/val_full'), '--tta',
                       'none', '--min-area', '1', '--gpu', 'cpu', '--save-dir', str(folder / 'scores_none')])
     (folder / 'shipped').mkdir()
-    (folder / 'shipped/README.md').write_text('# Weights\n\nKnown facts.\n')
+    (folder / 'shipped/FullNet_MultiOrgan.md').write_text('# Weights\n\nKnown facts.\n')
     export_pretrained.main(['--run', str(folder / 'stage2'), '--data-dir', str(data), '--scores',
                             str(folder / 'scores_none'), '--best', str(folder / 'scores_none'),
-                            '--out', str(folder / 'shipped/weights.pth.tar')])
-    verify_pretrained.main(['--weights', str(folder / 'shipped/weights.pth.tar'), '--write'])
+                            '--out', str(folder / 'shipped/FullNet_MultiOrgan.pth.tar')])
+    verify_pretrained.main(['--weights', str(folder / 'shipped/FullNet_MultiOrgan.pth.tar'), '--write'])
     return folder
 
 
@@ -62,13 +62,13 @@ def made(tmp_path_factory):
 def shipped(made, tmp_path):
     """A copy of what ships, to be damaged. Testing the images once is enough: they are remembered."""
     shutil.copytree(made / 'shipped', tmp_path / 'shipped')
-    return tmp_path / 'shipped/weights.pth.tar'
+    return tmp_path / 'shipped/FullNet_MultiOrgan.pth.tar'
 
 
 @pytest.fixture
 def measured(made, monkeypatch):
     """What the weights find in the two images, without computing it again; may be changed."""
-    found = json.loads((made / 'shipped/expected.json').read_text())
+    found = json.loads((made / 'shipped/FullNet_MultiOrgan.json').read_text())
     monkeypatch.setattr(verify_pretrained, 'measure', lambda weights, picture=None: found)
     return found
 
@@ -78,7 +78,7 @@ def measured(made, monkeypatch):
 # ---------------------------------------------------------------------------------------------------
 
 def test_the_recipe_of_every_stage_is_carried_along_and_no_path(made):
-    weights = load_checkpoint(made / 'shipped/weights.pth.tar')
+    weights = load_checkpoint(made / 'shipped/FullNet_MultiOrgan.pth.tar')
     first, second = weights['stages']
     assert (first['train']['lr'], second['train']['lr']) == (1e-3, 3e-4)
     assert (first['steps'], first['epochs']) == (1, 1) and second['steps'] == second['epochs'] in (1, 2)
@@ -90,10 +90,10 @@ def test_the_recipe_of_every_stage_is_carried_along_and_no_path(made):
 
 def test_weights_that_were_trained_from_an_exported_file_keep_its_stages(made, tmp_path):
     train.main([*SMALL, '--data-dir', str(made / 'data'), '--save-dir', str(tmp_path / 'run'), '--init-from',
-                str(made / 'shipped/weights.pth.tar'), '--lr', '0.0001'])
+                str(made / 'shipped/FullNet_MultiOrgan.pth.tar'), '--lr', '0.0001'])
     stages = export_pretrained.stages_of(tmp_path / 'run/checkpoints/checkpoint_best.pth.tar')
     assert [stage['train']['lr'] for stage in stages] == [1e-3, 3e-4, 1e-4]
-    before = load_checkpoint(made / 'shipped/weights.pth.tar')
+    before = load_checkpoint(made / 'shipped/FullNet_MultiOrgan.pth.tar')
     assert stages[:2] == before['stages']
     older = {key: value for key, value in before.items() if key != 'stages'}             # without stages: one
     torch.save(older, tmp_path / 'older.pth.tar')
@@ -128,7 +128,7 @@ def test_all_checks_pass_where_nothing_changed(made, shipped, capsys):
     ('objects', 5, 6), ('objects', -5, -6), ('mean_inside', 0.0099, 0.0101), ('mean_contour', -0.0099, -0.0101)])
 def test_tolerances(shipped, measured, capsys, quantity, inside, outside):
     expected = {name: {'objects': 100, 'mean_inside': 0.3, 'mean_contour': 0.2} for name in measured}
-    (shipped.parent / 'expected.json').write_text(json.dumps(expected))
+    (shipped.parent / 'FullNet_MultiOrgan.json').write_text(json.dumps(expected))
     measured |= {name: dict(values) for name, values in expected.items()}
     measured['demo'][quantity] = expected['demo'][quantity] + inside
     verify_pretrained.main(['--weights', str(shipped)])
@@ -153,19 +153,22 @@ def test_other_scores_fail(made, shipped, measured, capsys):
     assert re.search('^FAIL  val_full', text, re.MULTILINE)
 
 
-def test_what_cannot_be_checked(made, shipped, measured):
+def test_what_cannot_be_checked(made, shipped, measured, tmp_path):
     with pytest.raises(InputError, match='carries no scores with --tta full; choose another --tta'):
         verify_pretrained.main(['--weights', str(shipped), '--tta', 'full', str(made / 'data')])
-    with pytest.raises(InputError, match='no such folder: .*nowhere/images/val_full'):
+    with pytest.raises(InputError, match='no nowhere/mean_std.npy'):
         verify_pretrained.main(['--weights', str(shipped), 'nowhere'])
-    (shipped.parent / 'expected.json').write_text('{"demo": {}}')
-    with pytest.raises(InputError, match='expected.json does not say what is expected of tissue; take the file'):
+    other = make_multi_organ(tmp_path / 'other', n_train=3)
+    with pytest.raises(InputError, match='no weights were trained on .*other: mean_std.npy is another one'):
+        verify_pretrained.main(['--weights', str(shipped), str(other)])
+    (shipped.parent / 'FullNet_MultiOrgan.json').write_text('{"demo": {}}')
+    with pytest.raises(InputError, match='FullNet_MultiOrgan.json does not say what is expected of tissue; take'):
         verify_pretrained.main(['--weights', str(shipped)])
-    (shipped.parent / 'expected.json').unlink()
-    with pytest.raises(InputError, match='no .*expected.json; take the file that belongs to'):
+    (shipped.parent / 'FullNet_MultiOrgan.json').unlink()
+    with pytest.raises(InputError, match='no .*FullNet_MultiOrgan.json; take the file that belongs to'):
         verify_pretrained.main(['--weights', str(shipped)])
-    (shipped.parent / 'README.md').write_text('no hash')
-    with pytest.raises(InputError, match='no SHA-256 in .*README.md; take the file that belongs'):
+    (shipped.parent / 'FullNet_MultiOrgan.md').write_text('no hash')
+    with pytest.raises(InputError, match='no SHA-256 in .*FullNet_MultiOrgan.md; take the file that belongs'):
         verify_pretrained.main(['--weights', str(shipped)])
     with pytest.raises(InputError, match='no checkpoint at nowhere.pth.tar'):
         verify_pretrained.main(['--weights', 'nowhere.pth.tar'])
@@ -178,7 +181,7 @@ def test_what_cannot_be_checked(made, shipped, measured):
 # ---------------------------------------------------------------------------------------------------
 
 def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shipped, measured):
-    card = shipped.parent / 'README.md'
+    card = shipped.parent / 'FullNet_MultiOrgan.md'
     text = card.read_text()
     weights = load_checkpoint(shipped)
     model = create_model(**weights['options']['model'])
@@ -187,14 +190,14 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
     assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in text
     for name, row in {**weights['scores'][0]['images'], 'mean': weights['scores'][0]['mean']}.items():
         assert re.search(rf'^\| {name} \| {row["published_AJI"]:.4f} \| .* {row["dice"]:.4f} \|$', text, re.MULTILINE)
-    assert Image.open(shipped.parent / 'tissue.jpg').size == (512, 512)
+    assert Image.open(shipped.parent / 'FullNet_MultiOrgan.jpg').size == (512, 512)
     assert f'| demo | {measured["demo"]["objects"]} |' in text
     measured['demo']['objects'] += 1
     verify_pretrained.main(['--weights', str(shipped), '--write'])                   # again: replaced, not added
     again = card.read_text()
     assert again == text.replace(f'| demo | {measured["demo"]["objects"] - 1} |',
                                  f'| demo | {measured["demo"]["objects"]} |') != text
-    assert json.loads((shipped.parent / 'expected.json').read_text()) == measured
+    assert json.loads((shipped.parent / 'FullNet_MultiOrgan.json').read_text()) == measured
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -202,16 +205,16 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
 # ---------------------------------------------------------------------------------------------------
 
 def test_the_preset_is_taken_from_the_weights_and_an_option_that_is_given_wins(made, tmp_path, monkeypatch):
-    words = ['--model-path', str(made / 'shipped/weights.pth.tar')]
+    words = ['--model-path', str(made / 'shipped/FullNet_MultiOrgan.pth.tar')]
     published, best = (test_script.parse_options([*words, *more])[0] for more in ((), ('--preset', 'best')))
     assert published.post['min_area'] == 20 and best.post == published.post | {'min_area': 1}        # of the scores
     assert published.test['save_dir'] == best.test['save_dir']
     assert test_script.parse_options([*words, '--preset', 'best', '--min-area', '7'])[0].post == best.post | {
         'min_area': 7}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(test_script, 'PRETRAINED', made / 'shipped/weights.pth.tar')                 # not named
+    monkeypatch.setattr(test_script, 'PRETRAINED', made / 'shipped')                                 # not named
     opt, _ = test_script.parse_options(['--preset', 'best'])
-    assert opt.post == best.post and opt.test['save_dir'] == './experiments/MultiOrgan/weights'
+    assert opt.post == best.post and opt.test['save_dir'] == './experiments/MultiOrgan/FullNet_MultiOrgan'
     with pytest.raises(InputError, match='best.pth.tar has no preset best; leave out --preset, or give the options'):
         test_script.parse_options(['--model-path', str(made / 'stage2/checkpoints/checkpoint_best.pth.tar'),
                                    '--preset', 'best'])
@@ -239,11 +242,11 @@ def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path):
     weights = load_checkpoint(out)
     assert [(stage['train']['input_size'], stage['train']['lr_schedule']) for stage in weights['stages']] == [
         (144, 'none'), (144, 'cosine'), (208, 'cosine'), (208, 'cosine')]
-    assert weights['batch_norm_crops'] == 96 and '96 training crops' in (out.parent / 'README.md').read_text()
+    assert weights['batch_norm_crops'] == 96 and '96 training crops' in (out.parent / 'w.md').read_text()
     assert [(scores['set'], scores['test']['tta'], scores['post']['h_maxima']) for scores in weights['scores']] == [
         ('val_full', 'none', 0), ('val_full', 'none', 0.1)]
-    assert (out.parent / 'expected.json').is_file()
-    assert sha256_of(out) in (out.parent / 'README.md').read_text()
+    assert (out.parent / 'w.json').is_file()
+    assert sha256_of(out) in (out.parent / 'w.md').read_text()
 
     # started again
     calls, _ = calls_of('train_pretrained.sh', tmp_path, *words, **settings)
@@ -261,7 +264,7 @@ def test_the_verification_script(shipped):
     def exit_code(weights):
         return subprocess.run(['sh', str(ROOT / 'scripts/verify_pretrained.sh'), '--weights', str(weights)]).returncode
     assert exit_code(shipped) == 0
-    (shipped.parent / 'README.md').write_text('SHA-256 ' + 64 * '0')
+    (shipped.parent / 'FullNet_MultiOrgan.md').write_text('SHA-256 ' + 64 * '0')
     assert exit_code(shipped) == 1 and exit_code(shipped.with_name('none')) == 2
 
 
@@ -319,22 +322,22 @@ def test_what_batch_norm_statistics_cannot_be_computed_of(made, tmp_path):
 # The file that ships
 # ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not test_script.PRETRAINED.is_file(), reason='no weights ship yet')
-def test_the_shipped_weights(tmp_path, monkeypatch, capsys):
-    path = test_script.PRETRAINED
+@pytest.mark.parametrize('path', sorted(test_script.PRETRAINED.glob('*.pth.tar')), ids=lambda path: path.name)
+def test_the_shipped_weights(path, tmp_path, monkeypatch, capsys):
     assert path.stat().st_size < 8e6
     weights = load_checkpoint(path)
     assert weights['optimizer'] == {} and all(value.dtype == torch.float32 for value in weights['state_dict'].values()
                                               if value.is_floating_point())
     assert sum(p.numel() for p in create_model(**weights['options']['model']).parameters()) == 1_780_233
     assert {'mean_std', 'lab', 'data_sha256', 'commit', 'hours', 'stages', 'scores', 'packages'} <= weights.keys()
-    found = json.loads((path.parent / 'expected.json').read_text())
-    assert verify_pretrained.card_section(path, found) in (path.parent / 'README.md').read_text()       # and the hash
+    card, expected = (verify_pretrained.beside(path, ending).read_text() for ending in ('.md', '.json'))
+    assert verify_pretrained.card_section(path, json.loads(expected)) in card                    # and the hash
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'images').mkdir()
     Image.fromarray(verify_pretrained.test_images()['demo'][0][:96, :96]).save('images/a.png')
-    test_script.main(['--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
+    dataset = weights['options']['dataset']
+    test_script.main(['--dataset', dataset, '--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
     printed = capsys.readouterr().out
-    assert 'taking the weights that come with the code' in printed and printed.count('CC BY-NC-SA 4.0') == 1
-    assert len(list(Path('experiments/MultiOrgan/FullNet_MultiOrgan').rglob('a_seg.tiff'))) == 1
+    assert 'taking the weights that come with the code' in printed and printed.count('\nlicence of') == 1
+    assert len(list(Path(f'experiments/{dataset}/FullNet_{dataset}').rglob('a_seg.tiff'))) == 1

@@ -513,13 +513,13 @@ def trained(tmp_path_factory):
     data = make_multi_organ(folder / 'data')
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(folder / 'run')])
     export_pretrained.main(['--run', str(folder / 'run'), '--data-dir', str(data), '--out',
-                            str(folder / 'pretrained/weights.pth.tar'), '--licence', 'for us\nonly'])
+                            str(folder / 'pretrained/FullNet_MultiOrgan.pth.tar'), '--licence', 'for us\nonly'])
     return folder
 
 
 def test_exported_weights(trained, capsys):
     run, shipped = (load_checkpoint(trained / path) for path in ('run/checkpoints/checkpoint_best.pth.tar',
-                                                                 'pretrained/weights.pth.tar'))
+                                                                 'pretrained/FullNet_MultiOrgan.pth.tar'))
     assert all(torch.equal(run['state_dict'][key], value) for key, value in shipped['state_dict'].items())
     assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std']
     images = (trained / 'data/images/train').iterdir()
@@ -532,11 +532,11 @@ def test_exported_weights(trained, capsys):
 
 
 def test_without_a_run_the_shipped_weights_are_taken(trained, monkeypatch, capsys):
-    monkeypatch.setattr(test_script, 'PRETRAINED', trained / 'pretrained/weights.pth.tar')
+    monkeypatch.setattr(test_script, 'PRETRAINED', trained / 'pretrained')
     words = ['--img-dir', str(trained / 'data/images/test_same'), '--gpu', 'cpu', '--tta', 'none']
     test_script.main(words)
     assert 'taking the weights that come with the code' in capsys.readouterr().out
-    assert len(list(Path('experiments/MultiOrgan/weights').rglob('*_seg.tiff'))) == 2
+    assert len(list(Path('experiments/MultiOrgan/FullNet_MultiOrgan').rglob('*_seg.tiff'))) == 2
     with pytest.raises(InputError, match='no checkpoint at .*/checkpoint_3.pth.tar'):
         test_script.main([*words, '--epoch', '3'])                     # asked for: not replaced by something else
     folder = Path('experiments/MultiOrgan/4/checkpoints')
@@ -550,7 +550,7 @@ def test_without_a_run_the_shipped_weights_are_taken(trained, monkeypatch, capsy
 
 def test_color_norm_and_scale_factor(trained):
     image = pixels(next((trained / 'data/images/test_same').iterdir()))
-    weights = trained / 'pretrained/weights.pth.tar'
+    weights = trained / 'pretrained/FullNet_MultiOrgan.pth.tar'
     words = ['--tta', 'none', '--gpu', 'cpu']
     lab = load_checkpoint(weights)['lab']
     normalizer = Reinhard_normalizer()
