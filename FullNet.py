@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from support import cpu_stage
 from support.script import InputError
 
-# Hybrid dilation: the dilation of each layer of a dense block, by (block dilation, n_layers). Consecutive dilations
-# have no common factor, so that the receptive field has no gaps ("gridding"; paper, section 2.1).
+# Hybrid dilation: the dilation of each layer of a dense block, by (block dilation, n_layers). Varied dilations leave
+# fewer gaps in the receptive field ("gridding"; paper, section 2.1).
 HYBRID_DILATIONS = {
     (1, 4): (1, 1, 1, 1),
     (2, 4): (1, 2, 3, 2),
@@ -94,8 +94,9 @@ class Stages(nn.Sequential):
     """block1, trans1, block2, trans2, ... one after the other; FCN_pooling also resamples between them.
 
     mode: 'plain' runs the modules as they are written above. 'fast' runs each dense block with its transition on the
-    CPU by support/cpu_stage.py, with the same results up to rounding. 'auto' chooses 'fast' if it is possible and worth
-    it. memory_efficient, amp: for the fast mode only (support/cpu_stage.py: run); on a GPU torch.autocast does amp.
+    CPU by support/cpu_stage.py, with the same results up to rounding. 'auto' chooses 'fast' on the CPU for images of
+    80 x 80 pixels or more and a growth_rate of 16 or more. memory_efficient, amp: for the fast mode only
+    (support/cpu_stage.py: run); on a GPU torch.autocast does amp.
     """
 
     mode = 'auto'
@@ -124,7 +125,7 @@ class FullNet(nn.Module):
         super().__init__()
         if layer_type not in LAYER_TYPES:
             raise ValueError(f"layer_type is '{layer_type}'; expected one of {', '.join(LAYER_TYPES)}")
-        channels = 24
+        channels = 24                                            # of the first convolution, as published
         self.conv1 = ConvLayer(color_channels, channels, 3)
         self.blocks = Stages()
         for i, block_dilation in enumerate(dilations, start=1):

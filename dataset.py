@@ -1,4 +1,8 @@
-"""The training and validation sets: (image, weight map, ternary label), batches, and their order."""
+"""The training and validation sets: (image, weight map, ternary label), batches, and their order.
+
+A ternary label is a picture of inside, contour and background (`prepare_data.ternary_label`). A target holds the
+classes 0, 1, 2 that `LabelEncoding` makes of it. Instances are maps of integer ids, one for each object.
+"""
 import itertools
 from pathlib import Path
 
@@ -123,4 +127,4 @@ class EpochBatches(torch.utils.data.Sampler):
     def __iter__(self):
         for step in itertools.count(self.epoch * len(self) + self.first):
             keys = self.batch(*divmod(step, len(self)))
-            yield keys[self.rank::self.count] or keys[:1]          # too few images: one that counts as 0
+            yield keys[self.rank::self.count] or keys[:1]          # fewer images than processes: one of weight 0

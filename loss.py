@@ -21,7 +21,8 @@ def label_instances(target):
 def weighted_cross_entropy(logits, target, weight):
     """Mean of weight * cross entropy over all B * H * W pixels (paper, section 2.2). Returns a scalar tensor.
 
-    logits: (B, C, H, W) float; target: (B, H, W) int64 classes; weight: (B, H, W) float, 1 to 11.
+    logits: (B, C, H, W) float; target: (B, H, W) int64 classes; weight: (B, H, W) float, 1 to 11, and 0 in what the
+    augmentation filled.
     """
     return (F.cross_entropy(logits, target, reduction='none') * weight).mean()
 
@@ -31,7 +32,9 @@ class LossVariance(nn.Module):
 
         L_var = 1/B * sum_b 1/(N_b + 1e-8) * sum_{i=1..N_b} sum_c Var(p_c over the pixels of instance i)
 
-    with the unbiased variance (|S_i| - 1 in the denominator). An instance of one pixel counts in N_b but adds nothing.
+    As in the published code, an instance is a component of class 1 (`label_instances`), without its contour, and the
+    variance is the unbiased one (|S_i| - 1 in the denominator). An instance of one pixel counts in N_b but adds
+    nothing.
     """
 
     def forward(self, prob_maps, instances):
@@ -72,8 +75,8 @@ class VarCELoss(nn.Module):
     def forward(self, logits, target, weight, instances=None):
         """Returns the scalar tensors (loss, cross entropy, variance term).
 
-        logits: (B, 3, H, W) float; target: (B, H, W) int64 classes; weight: (B, H, W) float, 1 to 11; instances:
-        (B, H, W) int, by default `label_instances(target)`.
+        logits: (B, 3, H, W) float; target: (B, H, W) int64 classes; weight: (B, H, W) float; instances: (B, H, W) int,
+        by default `label_instances(target)`.
         """
         loss_ce = weighted_cross_entropy(logits, target, weight)
         if self.alpha == 0:

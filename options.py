@@ -47,7 +47,7 @@ TRAIN = dict(
                many=True),
     alpha=Option(1.0, float, 'weight of the variance term of varCE; 0 = cross entropy only', at_least=0),
     checkpoint_freq=Option(100, int, 'epochs between two kept checkpoints', at_least=1),
-    start_epoch=Option(0, int, 'epochs counted as completed, if not resuming', at_least=0),
+    start_epoch=Option(0, int, 'epochs that count as done when a new run starts', at_least=0),
     checkpoint=Option('', str, 'checkpoint to resume from', flags=('--checkpoint-path',)),
     overwrite=Option(False, boolean, 'replace the run that is in save_dir'),
     init_from=Option('', str, 'checkpoint whose weights to start from (fine-tuning)'),
@@ -65,7 +65,7 @@ TRAIN = dict(
     amp=Option(False, boolean, 'mixed precision: less memory; faster on GPUs and on CPUs with AMX or AVX512_BF16'),
     max_minutes=Option(0.0, float, 'end training after num_epochs or these minutes of steps, whichever comes first; '
                                    '0 = off', at_least=0),
-    mpp=Option(by_dataset(0.25, 0.62), float, 'um: pixel size of the training images, which `test.py --mpp` asks for',
+    mpp=Option(by_dataset(0.25, 0.62), float, 'um per pixel of the training images, stored for `test.py --mpp`',
                at_least=0.001),
     checkpoint_minutes=Option(10.0, float, 'minutes between two saves of the latest checkpoint', at_least=0),
 )
@@ -97,9 +97,9 @@ TEST = dict(
                      str, 'folder of instance labels; empty = no metrics'),
     tta=Option('full', tta_mode, 'test-time augmentation: full = 8 flips and rotations, flips = 4, none'),
     save_flag=Option(True, boolean, 'write probability maps and segmentations'),
-    patch_size=Option(by_dataset(208, 0), int, 'pixels: side of the sliding window; 0 = the whole image at once',
-                      at_least=0),
-    overlap=Option(by_dataset(80, 80), int, 'pixels: overlap of the windows', at_least=0),
+    patch_size=Option(by_dataset(208, 0), int, 'pixels: side of the sliding window (input_size in validation); 0 = the '
+                                               'whole image at once', at_least=0),
+    overlap=Option(80, int, 'pixels: overlap of the windows (val_overlap in validation)', at_least=0),
     batch_size=Option(0, int, 'windows in one batch; 0 = 8 on a GPU, 1 on the CPU', at_least=0),
     preset=Option('published', str, 'post-processing: published = as below; best = what the checkpoint says scored '
                                     'best on its validation images', choices=('published', 'best')),
@@ -113,7 +113,7 @@ TEST = dict(
                                       'the shipped one)'),
     mpp=Option('', mpp_word, 'um: pixel size of the images, which are scaled to that of the training; auto = what TIFF '
                              'or OME metadata say'),
-    scale_factor=Option(1.0, float, 'resize images for the network: 2 for a scan at 20x and training at 40x',
+    scale_factor=Option(1.0, float, 'resize images for the network: 2 if they are 20x and it was trained at 40x',
                         at_least=0.01),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
@@ -123,8 +123,8 @@ TEST = dict(
 POST = dict(
     min_area=Option(by_dataset(20, 100), int, 'pixels at the size that the network sees: smaller '
                                            'components are removed', at_least=0),
-    radius=Option(by_dataset(2, 4), int, 'pixels: dilation that restores the contour; divided by scale_factor',
-                  at_least=0),
+    radius=Option(by_dataset(2, 4), int, 'pixels: dilation that restores what ternary_radius and label_encoding took '
+                                         'off the objects in training; divided by scale_factor', at_least=0),
     # not in the published method, so off by default; scripts/study_post_processing.py measures what each gains
     inside_threshold=Option(0.0, float, 'least inside probability of an object; 0 = where inside is the most '
                                         'likely class', at_least=0, below=1),
@@ -139,13 +139,13 @@ PREPARE = dict(
     label_dir=Option('', str, 'the instance labels of your own images'),
     split=Option('', str, 'JSON file {split: [names]} for your own images'),
     fractions=Option((0.7, 0.15, 0.15), numbers(3), 'without --split: shares of train, val and test', many=True),
-    others=Option('', str, "split of the MoNuSeg images outside the published split; '' = they are not used",
+    others=Option('', str, "where MoNuSeg images that the published split lacks go; '' = they are not used",
                   choices=('', 'train', 'val', 'test_same', 'test_diff')),
     anchor=Option('auto', str, 'image whose colours the others get, a name or a file; auto = the published one '
                                "for MoNuSeg, else none; '' = none"),
     sigma=Option(by_dataset(5.0, 20.0), float, 'pixels: width of the high weights between two objects', at_least=1e-3),
-    w0=Option(10.0, float, 'largest weight between two objects', at_least=0),
-    ternary_radius=Option(by_dataset(1, 2), int, 'pixels: width of the contour on either side of an edge', at_least=1),
+    w0=Option(10.0, float, 'upper bound of the weight between two objects', at_least=0),
+    ternary_radius=Option(by_dataset(1, 2), int, 'pixels that the inside of an object loses at its edge', at_least=1),
     patch_size=Option(250, int, 'pixels: side of the training patches (MultiOrgan)', at_least=1),
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),

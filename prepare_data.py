@@ -69,10 +69,10 @@ def save_instance_label(path, label):
 def ternary_label(instance_label, radius=1):
     """The ternary label of an instance label: inside, contour and background as an RGB image.
 
-    instance_label: int (H, W), 0 = background. For each object, with the 3x3 cross applied `radius` times (a diamond):
-    inside = erosion, contour = dilation minus erosion. Then both are united over the objects. Erosion does not remove
-    pixels at the image border. Returns uint8 (H, W, 3): red 255 = inside, green 255 = contour, blue 255 = neither.
-    radius: pixels; 1 as in the published function, 2 for GlaS as in the authors' own GlaS labels.
+    instance_label: int (H, W), 0 = background. Inside is each object eroded by the 3x3 cross, `radius` times. Contour
+    is each object dilated likewise, without its inside. Erosion does not remove pixels at the image border. Returns
+    uint8 (H, W, 3): red 255 = inside, green 255 = contour, blue 255 = neither. Training uses red only: `LabelEncoding`
+    makes the contour anew. radius: pixels; 1 as in the published function, 2 for GlaS as in the authors' own labels.
 
     All objects are computed in one pass. A pixel is inside if all ids in the diamond around it are its own. It is in
     the dilation of an object if one of these ids is not 0. A pixel inside one object is in no other dilation, so that
@@ -279,10 +279,8 @@ def prepare(dataset, options):
     started = time.monotonic()
     refuse_data_dir(options)
     sources = find_sources(dataset, options)
-    settings = Settings(dataset, options['sigma'], options['w0'], options['ternary_radius'], options['patch_size'],
-                        options['binary_labels'], options['xml_layers'], options['scale_16bit'],
-                        options['max_megapixels'],
-                        fit_anchor(sources, options))
+    settings = Settings(dataset=dataset, normalizer=fit_anchor(sources, options),
+                        **{name: value for name, value in options.items() if name in Settings._fields})
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         planned_files(dataset, source, *image_size(source.image, settings.max_megapixels), settings.patch_size)
 
@@ -322,12 +320,12 @@ def prepare_image(source, folder, settings):
         warnings.simplefilter('always', UserWarning)
         image = read_image(source.image, settings.max_megapixels, settings.scale_16bit)
         instances = read_instances(source.label, image.shape[:2], settings)
-    if settings.normalizer:
-        image = settings.normalizer.transform(image)
-    arrays = {'image': image, 'instance': instances}
-    if source.split in ('train', 'val'):
-        arrays['ternary'] = ternary_label(instances, settings.ternary_radius)
-        arrays['weight'] = encode_weight_map(weight_map(instances, settings.w0, settings.sigma))
+        if settings.normalizer:
+            image = settings.normalizer.transform(image)
+        arrays = {'image': image, 'instance': instances}
+        if source.split in ('train', 'val'):
+            arrays['ternary'] = ternary_label(instances, settings.ternary_radius)
+            arrays['weight'] = encode_weight_map(weight_map(instances, settings.w0, settings.sigma))
 
     files = planned_files(settings.dataset, source, *image.shape[:2], settings.patch_size)
     for path, kind, corner in files:
@@ -336,12 +334,11 @@ def prepare_image(source, folder, settings):
             y, x = corner
             pixels = pixels[y:y + settings.patch_size, x:x + settings.patch_size]
         (save_instance_label if kind == 'instance' else save_image)(folder / path, pixels)
+    n_patches = sum(file.kind == 'image' and file.corner is not None for file in files)
     objects, in_pieces = count_objects(instances)
-    return {'name': source.name, 'split': source.split, 'patches': sum(file.corner is not None for file in files
-                                                                       if file.kind == 'image'),
-            'objects': objects, 'in_pieces': in_pieces, 'areas': np.unique(instances[instances > 0],
-                                                                           return_counts=True)[1],
-            'histogram': colour_histogram(image), 'preview': preview(arrays),
+    _, areas = np.unique(instances[instances > 0], return_counts=True)
+    return {'name': source.name, 'split': source.split, 'patches': n_patches, 'objects': objects,
+            'in_pieces': in_pieces, 'areas': areas, 'histogram': colour_histogram(image), 'preview': preview(arrays),
             'notes': [str(w.message) for w in caught if w.category is UserWarning]}
 
 

@@ -1,5 +1,8 @@
 """Segment images with a trained network and score the result: `python test.py`. An empty label_dir means no scores.
 
+The way of an image is the loop in `main`: read it; `probability_bands` (scale, windows, network, mean over
+orientations); `segment_bands` (inside, small components removed, size of the image, instances, dilation); score; save.
+
 From Python: `from test import segment; instances, probabilities = segment(image, 'checkpoint_best.pth.tar')`.
 """
 import os
@@ -69,7 +72,7 @@ def main(argv=None):
     # 3. every image: read, windows, probabilities, post-processing, scores, files; each process takes its own images
     pairs, n_skipped = list(zip(images, labels)), 0
     for path, label_path in tqdm(pairs[processes.rank::processes.count], desc=set_name, disable=processes.quiet):
-        if out.is_finished(path, label_path) and not test['overwrite']:
+        if out.read_record(path, label_path) and not test['overwrite']:
             n_skipped += 1
             continue
         image = read_image(path, test['max_megapixels'], test['scale_16bit'])
@@ -95,7 +98,7 @@ def main(argv=None):
     # 4. tables of results
     if test['label_dir'] and processes.rank == 0:
         for path, label_path in pairs:
-            if path.stem not in out.records and not out.is_finished(path, label_path):      # read the other process's
+            if path.stem not in out.records and not out.read_record(path, label_path):      # of another process
                 raise InputError(f'no record of {path} in {out.folder}, though another process finished it; all '
                                  f'processes must write into one folder, which all machines see')
         names = [path.stem for path in images]
@@ -260,11 +263,11 @@ def probability_bands(model, opt, mean_std, device, image, factor):
     batch_size = test['batch_size'] or windows_at_once(device)
     precision = MixedPrecision(device, test['amp'], testing=True)
 
-    def scaled(image):
+    def scaled(pixels):
         if scale is not None and test['mpp']:                            # what the transform does to images of GlaS
-            return resize_by(image, factor * opt.transform['test']['scale'] / GLAS_HEIGHT, test['max_megapixels'])
-        image = resize_by(image, factor, test['max_megapixels'])
-        return image if scale is None else np.asarray(scale([Image.fromarray(image)])[0])
+            return resize_by(pixels, factor * opt.transform['test']['scale'] / GLAS_HEIGHT, test['max_megapixels'])
+        pixels = resize_by(pixels, factor, test['max_megapixels'])
+        return pixels if scale is None else np.asarray(scale([Image.fromarray(pixels)])[0])
 
     @torch.inference_mode()
     def predict(windows, shape):
@@ -276,9 +279,8 @@ def probability_bands(model, opt, mean_std, device, image, factor):
         return torch.softmax(logits.float(), dim=1).permute(0, 2, 3, 1).cpu().numpy()
 
     if test['patch_size']:
-        for _, _, band in predict_in_bands(predict, scaled(image), test['patch_size'], test['overlap'], test['tta'],
-                                           opt.model['out_c'], batch_size):
-            yield band
+        yield from predict_in_bands(predict, scaled(image), test['patch_size'], test['overlap'], test['tta'],
+                                    opt.model['out_c'], batch_size)
     else:
         def whole(oriented):
             oriented = scaled(oriented)

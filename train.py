@@ -100,12 +100,12 @@ def main(argv=None):
         compiled = torch.compile(network, dynamic=False) if train['compile'] else network
         batches.start_at(state.epoch, state.batch)
         crops = iter(train_loader)                               # one iterator over the batches of all epochs
-        while state.step < state.total_steps or state.batch > 0:
+        while state.step < state.total_steps or state.batch > 0:         # the last epoch may be short: validate it too
             train_epoch(setup, state, network, compiled, crops, train_loader)
             val, pictures = [math.nan] * 3, []
             if (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps:
                 val, pictures = validate(setup, state.validation_model(), val_loader)
-            is_best = val[2] > state.best_iou
+            is_best = val[2] > state.best_iou                            # NaN, without validation, is not
             row = state.finish_epoch(val)
             run.save_epoch(is_best)
             run.log_epoch(row)
@@ -148,7 +148,7 @@ def train_epoch(setup, state, network, compiled, crops, loader):
         loss, loss_ce, loss_var = criterion(logits, target, weight, instances)
         results = torch.stack([loss, loss_ce, loss_var, *pixel_results(logits, target)]).detach()               # (5,)
 
-        # 3. backward; gradients are averaged over the processes, so each loss is weighted by the process's images
+        # 3. backward; DDP averages the gradients over the processes: with this factor that is the mean over the images
         state.optimizer.zero_grad(set_to_none=True)
         precision.scaler.scale(loss * (n_own * processes.count / n_all)).backward()
 
@@ -247,6 +247,7 @@ def learning_rate(step, total_steps, train, steps_per_epoch):
 
     none: constant, as published. cosine: half a cosine down to 0. Both start with `warmup_epochs` of linear warm-up.
     onecycle: half a cosine up from lr / 25 in the first 30 % of the steps, then half a cosine down to lr / 10,000.
+    With max_minutes, the first 30 steps follow the schedule of num_epochs, because total_steps is not known before.
     """
     lr, done = train['lr'], step / total_steps
     if train['lr_schedule'] == 'onecycle':

@@ -24,9 +24,9 @@ def window_grid(length, size, overlap):
     """Windows along one side of an image. The stride is size - overlap.
 
     Returns the padded length and a list of (start, stop, first, end), in pixels: a window reads [start, stop) and
-    writes [first, end). It does not write its first overlap // 2 pixels, except at the border, and where two windows
-    would write, the later one does. A side of at most `size` pixels is one window; a longer one is padded at its end to
-    whole windows.
+    writes [first, end): from overlap // 2 after its start (the first window from 0) to where the next one begins to
+    write. A side of at most `size` pixels is one window; a longer one is padded at its end. As published, a side of
+    whole windows is padded by one more stride.
     """
     if length <= size:
         return length, [(0, length, 0, length)]
@@ -134,12 +134,12 @@ def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, bat
     """`predict_probabilities` with the sliding window, in horizontal bands, so that memory suffices for large images.
 
     predict: maps a list of at most `batch_size` windows, uint8 (h, w, 3), and the shape (H', W') to which they are to
-    be zero-padded, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields (top, bottom, probabilities)
-    from top to bottom, float32 (bottom - top, W, n_classes); each band but the last has at least `band_pixels` pixels.
+    be zero-padded, to probabilities (n, H', W', n_classes). image: uint8 (H, W, 3). Yields the probabilities of each
+    band from top to bottom, float32 (rows, W, n_classes); each but the last has at least `band_pixels` pixels.
 
-    The bands do not change the result: in each orientation a pixel comes from the same window of the whole image's
-    grid. A window that writes into two bands is computed twice. Bands begin where a row of windows begins to write, so
-    that without augmentation no window is.
+    The result is the same as of one band, because the windows lie on the grid of the whole image. A window that writes
+    into two bands is computed for each. Without augmentation no window does: a band begins where a row of windows
+    begins to write.
     """
     height, width = image.shape[:2]
     edges = [0]
@@ -170,7 +170,7 @@ def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, bat
                 for window, result in zip(group, predict(crops, group[0].shape)):
                     oriented_total[window.write] += result[window.take]
                 progress.update(len(group))
-        yield top, bottom, total / len(ORIENTATIONS[tta])
+        yield total / len(ORIENTATIONS[tta])
     progress.close()
 
 
@@ -212,7 +212,7 @@ def post_process(inside, min_area, radius, original_size=None, h_maxima=0, insid
 
     h_maxima, a probability, is not in the published method and off at 0: it splits instances with `split_objects`. It
     needs inside_map, the inside probability, uint8 (H, W), 255 = 1, and smooths it with a Gaussian of 1 pixel. The
-    dilation does not move the border between two parts of a split instance.
+    dilation then fills background only: no instance loses pixels to another one.
     """
     mask = remove_small_components(inside, min_area)
     smooth = ndimage.gaussian_filter(inside_map, 1) if h_maxima else None
@@ -252,9 +252,10 @@ def split_objects(instances, inside, h):
 
 
 def dilate(instances, radius, rows=2048):
-    """Grey dilation of instances, int (H, W), with a disk, in place: where two meet, the higher id wins. Returns them.
+    """Grey dilation of instances, int (H, W), with a disk, in place. Returns them.
 
-    radius: pixels. rows: how many rows are dilated at a time, which bounds the memory.
+    The higher id wins, as published: it also overwrites the edge of an instance nearer than `radius` pixels. rows: how
+    many rows are dilated at a time, which bounds the memory.
     """
     footprint = disk(radius).astype(np.uint8)
     fits_16_bits = instances.max(initial=0) <= np.iinfo(np.uint16).max       # OpenCV dilates no larger integers
@@ -281,8 +282,8 @@ def dilate(instances, radius, rows=2048):
 #   one of the two empty      0             NaN           0             5e4           0
 #   no object overlaps        0             NaN           0             computed      0
 #
-# "Empty" means without objects; for the gland metric, without ground-truth objects of 3 pixels or more. `AverageMeter`
-# leaves NaN out of its averages. An image without background needs no special treatment.
+# "Empty" means without objects; for the gland metric, without ground-truth objects of 3 pixels or more. Means over
+# images leave NaN out. An image without background needs no special treatment.
 
 EPS = 1e-10                                        # in the denominators of the published ratios
 MIN_GLAND_AREA = 3                                 # pixels; smaller ground-truth glands are dropped, as published

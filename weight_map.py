@@ -16,10 +16,11 @@ from support.command_line import boolean
 from support.files import save_image
 from support.images import labels_by_name, read_instance_label, refuse_same_folder
 from support.pictures import find_edges
-from support.script import InputError, Parser, run_script
+from support.script import InputError, Parser, note, run_script
 
-W0 = 10.0             # weight of a pixel on the boundaries of two touching objects; `encode_weight_map` adds 1
-NEGLIGIBLE = 1e-4     # smaller weights may come out too small, which 8 bits, in steps of 0.05, do not show
+W0 = 10.0             # upper bound of w: where objects touch, d1 + d2 is 1, and w is 9.8 for sigma 5
+NEGLIGIBLE = 1e-4     # smaller weights may come out too small; 8 bits, in steps of 0.05, do not show it
+STEPS = 20            # in which a weight of 1 is stored
 
 
 def weight_map(instance_label, w0=W0, sigma=5.0):
@@ -32,11 +33,11 @@ def weight_map(instance_label, w0=W0, sigma=5.0):
     result is exact where w >= NEGLIGIBLE; elsewhere it is between 0 and the exact value. Raises InputError for w0 < 0
     or sigma <= 0.
 
-    A distance transform for each object would be slow. Instead, objects get numbers, such that any two objects close
-    enough to matter have different numbers. Each binary digit of the numbers needs two distance transforms: D0 and D1,
-    the distances to the objects whose digit is 0 and 1. Then d1 = min(D0, D1), and max(D0, D1) is the distance to an
-    object other than the nearest. The second nearest object differs from the nearest in at least one digit, so
-    d2 is the minimum of max(D0, D1) over the digits.
+    A distance transform for each object would be slow. Instead, the objects are numbered so that objects close to each
+    other have different numbers. For each binary digit of the numbers there are two distance transforms: D0 is the
+    distance to the objects with the digit 0, D1 to those with 1. The smaller one is a candidate for d1, the larger one
+    for d2. The nearest and the second nearest object differ in at least one digit, so the minimum over the digits is
+    exact.
     """
     instance_label = np.asarray(instance_label)
     if not (math.isfinite(w0) and w0 >= 0 and math.isfinite(sigma) and sigma > 0):
@@ -62,16 +63,22 @@ def weight_map(instance_label, w0=W0, sigma=5.0):
 
 
 def encode_weight_map(w):
-    """Encode a weight map, float (H, W), as uint8 (H, W): round((w + 1) * 20), at most 255.
+    """Encode a weight map, float (H, W), as uint8 (H, W): round(20 (w + 1)), at most 255, with a note if that matters.
 
     Halves are rounded up, as MATLAB's uint8() does. `decode_weight_map` gives the weights 1 to 11 of training.
     """
-    return np.minimum(np.floor((np.asarray(w, np.float64) + 1) * 20 + 0.5), 255).astype(np.uint8)
+    stored = np.floor((np.asarray(w, np.float64) + 1) * STEPS + 0.5)
+    if stored.max(initial=0) > 255:
+        note(f'w0 is too large for 8 bits: weights w above {255 / STEPS - 1:g} are stored as {255 / STEPS - 1:g}')
+    return np.minimum(stored, 255).astype(np.uint8)
 
 
 def decode_weight_map(stored):
-    """Decode an encoded weight map, a tensor or array of any shape: stored / 20, the weights 1 to 11 of the loss."""
-    return stored / 20
+    """Decode an encoded weight map, a tensor or array of any shape: stored / 20, the weights w + 1 of the loss.
+
+    They are 1 to 11, and 0 where augmentation filled the crop, so that those pixels do not count.
+    """
+    return stored / STEPS
 
 
 def object_boundaries(instance_label):

@@ -80,10 +80,10 @@ class Results:
         """Path of a file of the image `name`. kind: prob_maps, segmentation or records."""
         return self.folder / f'{self.set_name}_{kind}' / f'{name}{ending}'
 
-    def is_finished(self, path, label_path):
-        """Whether the image was finished with the same options, weights, image and label.
+    def read_record(self, path, label_path):
+        """Read the record of an image into `records`, if it was finished with the same options, weights and files.
 
-        path: of the image; label_path: of its instance label, or None. If it was, its record is read into `records`.
+        path: of the image; label_path: of its instance label, or None. Returns whether it was finished.
         """
         self.records[path.stem] = {'key': ''}
         try:

@@ -418,8 +418,7 @@ def test_bands_are_the_sliding_window_of_the_whole_image(tta, height, width, siz
     jobs = []
     for batch_size, band_pixels in ((1, 2 ** 22), (3, 700), (2, 1)):
         jobs.append(0)
-        tops, bottoms, bands = zip(*predict_in_bands(windows, image, size, overlap, tta, 3, batch_size, band_pixels))
-        assert tops[0] == 0 and bottoms[-1] == height and tops[1:] == bottoms[:-1]
+        bands = list(predict_in_bands(windows, image, size, overlap, tta, 3, batch_size, band_pixels))
         assert band_pixels > 700 or len(bands) > 1 or height <= size
         assert np.allclose(np.concatenate(bands), expected, atol=1e-6)
     assert jobs[0] == jobs[1] == jobs[2] or tta != 'none'              # no window is computed twice

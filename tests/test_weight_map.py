@@ -145,9 +145,10 @@ def test_object_boundaries(label, expected, expected_boxes):
 # The 8-bit form and the script
 # ---------------------------------------------------------------------------------------------------
 
-def test_encoding_rounds_halves_up_and_saturates():
+def test_encoding_rounds_halves_up_and_saturates_with_a_note():
     w = np.array([0.0, 1.125, 1.1, 10.0, 11.75, 30.0])         # 20, 42.5, 42, 220, 255, 620
-    encoded = encode_weight_map(w)
+    with pytest.warns(UserWarning, match='w0 is too large for 8 bits: weights w above 11.75 are stored as 11.75'):
+        encoded = encode_weight_map(w)
     assert encoded.dtype == np.uint8 and encoded.tolist() == [20, 43, 42, 220, 255, 255]
 
 
