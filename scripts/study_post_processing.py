@@ -2,17 +2,19 @@
 
     python scripts/study_post_processing.py RESULTS --set val_full --label-dir LABELS
 
-RESULTS: save_dir of test.py with probability maps of nuclei; they must have the size of their images, so not with
---scale-factor and not of GlaS. LABELS: their instance labels.
+RESULTS: save_dir of test.py with probability maps, of nuclei without --scale-factor and --mpp. LABELS: the instance
+labels of the images.
 
 Writes RESULTS/{set}_post_processing.txt. The first row is the published way: class 1 where it is the most likely one,
 components under min_area removed, each dilated by radius. Then one change at a time, and what a greedy search over all
-of them finds. It chooses by the mean published AJI of the same images that it is reported on, so that its gain is
-optimistic. In the last row each image is scored with what the search found on the others: that gain is what new images
-may expect. Columns: published AJI, MoNuSeg's aji, pq, dice, means over images.
+of them finds. It chooses by the mean of the first column over the same images that it is reported on, so that its gain
+is optimistic. In the last row each image is scored with what the search found on the others: that gain is what new
+images may expect. Columns, means over images: for nuclei published AJI, MoNuSeg's aji, pq, dice; for glands published
+Dice, F1 and Hausdorff, pq.
 
 The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
 """
+import json
 import sys
 from pathlib import Path
 
@@ -26,68 +28,78 @@ from support.files import write_text  # noqa: E402
 from support.images import find_labels, read_instance_label  # noqa: E402
 from support.objects import overlap_table  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
-from utils import post_process, remove_small_components, standard_metrics_of  # noqa: E402
+from utils import gland_scores_of, post_process, remove_small_components, standard_metrics_of  # noqa: E402
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
-CHOICES = {
-    'min_area': (0, 10, 20, 40, 80),             # pixels
+NUCLEI = {
+    'min_area': (0, 10, 20, 40, 80),             # pixels of the maps
     'radius': (0, 1, 2, 3),                      # pixels
     'inside_threshold': (0, 0.3, 0.4, 0.5, 0.6, 0.7),        # probability, instead of the most likely class
     'fill_holes': (0, 20, 50, 100, 1000),        # pixels: largest hole that is filled; no option of test.py
     'h_maxima': (0, 0.05, 0.1, 0.2, 0.3, 0.4),   # probability: maxima that stand out by this split an object
 }
-METRICS = ('published_AJI', 'aji', 'pq', 'dice')
+CHOICES = {'MultiOrgan': NUCLEI, 'GlaS': {**NUCLEI, 'min_area': (0, 50, 100, 200, 400), 'radius': (0, 2, 3, 4, 5, 6)}}
+METRICS = {'MultiOrgan': ('published_AJI', 'aji', 'pq', 'dice'),
+           'GlaS': ('published_Dice', 'published_F1', 'published_Hausdorff', 'pq')}
 
 
-def segment_maps(inside, contour, choice):
-    """Instance label, int32 (H, W), of two probability maps, uint8 (H, W), 255 = 1, by a dict of CHOICES."""
+def segment_maps(inside, contour, choice, original_size=None):
+    """Instance label, int32 (H0, W0), of two probability maps, uint8 (H, W), 255 = 1, by a choice of each in NUCLEI.
+
+    original_size: (H0, W0), by default that of the maps.
+    """
     if choice['inside_threshold']:
         mask = inside >= choice['inside_threshold'] * 255
     else:                                               # above background, 255 - inside - contour, not below contour
         mask = (2 * inside.astype(int) + contour > 255) & (inside >= contour)
     if choice['fill_holes']:
         mask = ~remove_small_components(~mask, choice['fill_holes'] + 1)
-    return post_process(mask, choice['min_area'], choice['radius'], h_maxima=choice['h_maxima'], inside_map=inside)
+    return post_process(mask, choice['min_area'], choice['radius'], original_size, choice['h_maxima'], inside)
 
 
-def score(label, truth):
+def score(label, truth, dataset):
     """Values of METRICS."""
-    scores = standard_metrics_of(overlap_table(label, truth))
-    return [scores['aji_fullnet'], *(scores[name] for name in METRICS[1:])]
+    table = overlap_table(label, truth)
+    standard = standard_metrics_of(table)
+    if dataset == 'GlaS':
+        glands = gland_scores_of(table)
+        return [glands.dice, glands.F1, glands.hausdorff, standard['pq']]
+    return [standard[name] for name in ('aji_fullnet', 'aji', 'pq', 'dice')]
 
 
 class Study:
     """Scores of variants on images. images: {name: (inside, contour, truth)}. Nothing is computed twice."""
 
-    def __init__(self, images):
-        self.images, self.known = images, {}
+    def __init__(self, images, dataset):
+        self.images, self.dataset, self.known = images, dataset, {}
         self.progress = tqdm(desc='variants', disable=None)
 
     def __call__(self, choice):
         """float (images, METRICS)."""
         key = tuple(choice.values())
         if key not in self.known:
-            self.known[key] = np.array([score(segment_maps(inside, contour, choice), truth)
+            self.known[key] = np.array([score(segment_maps(inside, contour, choice, truth.shape), truth, self.dataset)
                                         for inside, contour, truth in self.images.values()])
             self.progress.update()
         return self.known[key]
 
     def greedy(self, start, left_out=None):
-        """Change one choice at a time, that which gains most in mean published AJI, until none gains.
+        """Change one choice at a time, that which gains most in the mean of the first metric, until none gains.
 
         left_out: number of an image that does not count.
         """
-        def aji(choice):
+        def mean(choice):
             return np.delete(self(choice)[:, 0], [] if left_out is None else left_out).mean()
         best = start
         while True:
-            step = max(({**best, name: value} for name, values in CHOICES.items() for value in values), key=aji)
-            if not aji(step) > aji(best):
+            steps = ({**best, name: value} for name, values in CHOICES[self.dataset].items() for value in values)
+            step = max(steps, key=mean)
+            if not mean(step) > mean(best):
                 return best
             best = step
 
 
-def read_maps(results, set_name, label_dir):
+def read_maps(results, set_name, label_dir, dataset):
     """{name: (inside, contour, truth)} of all images of a set: maps, uint8 (H, W), and instance labels."""
     folder = results / f'{set_name}_prob_maps'
     insides = sorted(folder.glob('*_prob_inside.png'))
@@ -98,9 +110,9 @@ def read_maps(results, set_name, label_dir):
     for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
         inside, contour = (np.array(Image.open(folder / f'{name}_prob_{kind}.png')) for kind in ('inside', 'contour'))
         truth = read_instance_label(label)
-        if inside.shape != truth.shape:
+        if inside.shape != truth.shape and dataset != 'GlaS':
             raise InputError(f'{label} has shape {truth.shape}, and the probability maps of {name} in {folder} have '
-                             f'shape {inside.shape}; expected the same, from test.py without a scale (GlaS has one)')
+                             f'shape {inside.shape}; expected the same, from test.py without --scale-factor and --mpp')
         images[name] = inside, contour, truth
     return images
 
@@ -110,17 +122,20 @@ def name_of(choice, published):
     return ' '.join(f'{key} {value:g}' for key, value in choice.items() if value != published[key])
 
 
-def table_text(rows, images):
-    """rows: [(name, scores (images, METRICS))], the first one the published."""
+def table_text(rows, images, metrics):
+    """rows: [(name, scores (images, metrics))], the first one the published. metrics: names."""
     width = max(len(name) for name, _ in rows) + 2
-    lines = [f'{"":{width}}' + f'{"mean over images":^{9 * len(METRICS) + 8}}  published AJI of each image',
-             f'{"":{width}}' + f'{METRICS[0]:>13}{"gain":>9}' + ''.join(f'{name:>9}' for name in METRICS[1:])
-             + '  ' + ' '.join(name[:16] for name in images)]
+    columns = [max(len(name) + 2, 9) for name in metrics]
+    lines = [f'{"":{width}}' + f'{"mean over images":^{sum(columns) + 9}}  {metrics[0]} of each image',
+             f'{"":{width}}' + f'{metrics[0]:>{columns[0]}}{"gain":>9}'
+             + ''.join(f'{name:>{n}}' for name, n in zip(metrics[1:], columns[1:]))
+             + '  ' + ' '.join(f'{name[:16]:>6}' for name in images)]
     base = rows[0][1][:, 0].mean()
     for name, scores in rows:
         mean = scores.mean(axis=0)
-        lines.append(f'{name:{width}}{mean[0]:13.4f}{mean[0] - base:+9.4f}' + ''.join(f'{v:9.4f}' for v in mean[1:])
-                     + '  ' + ' '.join(f'{v:{min(16, len(image))}.4f}' for v, image in zip(scores[:, 0], images)))
+        of_images = ' '.join(f'{v:{max(6, min(16, len(image)))}.4f}' for v, image in zip(scores[:, 0], images))
+        lines.append(f'{name:{width}}{mean[0]:{columns[0]}.4f}{mean[0] - base:+9.4f}'
+                     + ''.join(f'{v:{n}.4f}' for v, n in zip(mean[1:], columns[1:])) + '  ' + of_images)
     return '\n'.join(lines) + '\n'
 
 
@@ -130,12 +145,16 @@ def main(argv=None):
     parser.add_argument('--label-dir', required=True, help='instance labels of the images')
     parser.add_argument('--set', required=True, help='name of the set: RESULTS has {set}_prob_maps')
     args = parser.parse_args(argv)
-    post = Options(isTrain=False).parse([]).post
-    published = {name: post.get(name, 0) for name in CHOICES}
-    study = Study(read_maps(args.results, args.set, args.label_dir))
+    options = args.results / 'test_options.json'
+    if not options.is_file():
+        raise InputError(f'no {options}; expected the save_dir of test.py')
+    dataset = json.loads(options.read_text(encoding='utf-8'))['dataset']
+    post = Options(isTrain=False).parse(['--dataset', dataset]).post
+    published = {name: post.get(name, 0) for name in NUCLEI}
+    study = Study(read_maps(args.results, args.set, args.label_dir, dataset), dataset)
 
     rows = [('published: ' + ' '.join(f'{name} {post[name]}' for name in ('min_area', 'radius')), published)]
-    for name, values in CHOICES.items():
+    for name, values in CHOICES[dataset].items():
         rows += [(name_of(choice, published), choice) for choice in ({**published, name: value} for value in values)
                  if choice != published]
     best = study.greedy(published)
@@ -144,7 +163,7 @@ def main(argv=None):
     if len(study.images) > 1:
         scores = [study(study.greedy(published, left_out=i))[i] for i in range(len(study.images))]
         rows.append(('greedy search on the other images', np.stack(scores)))
-    text = table_text(rows, study.images)
+    text = table_text(rows, study.images, METRICS[dataset])
     out = args.results / f'{args.set}_post_processing.txt'
     write_text(out, text)
     print(text, end='')

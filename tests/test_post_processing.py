@@ -8,11 +8,12 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 import test as test_script
-from miniature import nuclei
+from miniature import nuclei, pixels
 from options import Options
 from support.files import save_image, save_instances
 from support.script import InputError
-from utils import dilate, inside_mask, nuclei_accuracy_object_level, post_process, split_objects, standard_metrics
+from utils import (dilate, gland_accuracy_object_level, inside_mask, nuclei_accuracy_object_level, post_process,
+                   split_objects, standard_metrics)
 
 EIGHT = np.ones((3, 3))
 
@@ -146,7 +147,7 @@ def test_nothing_to_split():
 # The study
 # ---------------------------------------------------------------------------------------------------
 
-PUBLISHED = dict.fromkeys(study.CHOICES, 0) | {'min_area': 5, 'radius': 2}
+PUBLISHED = dict.fromkeys(study.NUCLEI, 0) | {'min_area': 5, 'radius': 2}
 
 
 @pytest.mark.parametrize('changed', [{}, {'min_area': 0}, {'inside_threshold': 0.6}, {'h_maxima': 0.05},
@@ -183,12 +184,13 @@ def results(tmp_path):
         contour = ((truth > 0) & ~core) * 200
         for kind, array in (('inside', inside), ('contour', contour)):
             save_image(tmp_path / f'out/set_prob_maps/im.{i}_prob_{kind}.png', array.astype(np.uint8))
+    (tmp_path / 'out/test_options.json').write_text('{"dataset": "MultiOrgan"}')
     return tmp_path
 
 
 def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, capsys):
-    monkeypatch.setattr(study, 'CHOICES', {**{name: (0,) for name in study.CHOICES}, 'min_area': (20, 40),
-                                           'radius': (0, 1, 2), 'fill_holes': (0, 20)})
+    monkeypatch.setitem(study.CHOICES, 'MultiOrgan', {**{name: (0,) for name in study.NUCLEI}, 'min_area': (20, 40),
+                                                      'radius': (0, 1, 2), 'fill_holes': (0, 20)})
     study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
     text = (results / 'out/set_post_processing.txt').read_text()
     assert text in capsys.readouterr().out
@@ -201,16 +203,35 @@ def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, ca
         assert row[0] == pytest.approx(np.mean(row[-2:]), abs=1e-4)
         assert row[1] == pytest.approx(row[0] - published[0], abs=2e-4)
 
-    images = study.read_maps(results / 'out', 'set', results / 'labels')
+    images = study.read_maps(results / 'out', 'set', results / 'labels', 'MultiOrgan')
     for i, name in enumerate(images):                    # each with what a search without it finds
-        others_only = study.Study({other: images[other] for other in images if other != name})
+        others_only = study.Study({other: images[other] for other in images if other != name}, 'MultiOrgan')
         found = others_only.greedy(PUBLISHED | {'min_area': 20})
-        assert others[-2 + i] == pytest.approx(study.Study({name: images[name]})(found)[0, 0], abs=1e-4)
+        score = study.Study({name: images[name]}, 'MultiOrgan')(found)[0, 0]
+        assert others[-2 + i] == pytest.approx(score, abs=1e-4)
     inside, contour, truth = images['im.0']
     label = study.segment_maps(inside, contour, PUBLISHED)
     expected = standard_metrics(label, truth)
-    assert study.score(label, truth) == [nuclei_accuracy_object_level(label, truth).AJI, expected['aji'],
-                                         expected['pq'], expected['dice']]
+    assert study.score(label, truth, 'MultiOrgan') == [nuclei_accuracy_object_level(label, truth).AJI, expected['aji'],
+                                                       expected['pq'], expected['dice']]
+
+
+def test_the_study_of_glands_scores_them_at_the_size_of_their_images(results, monkeypatch, capsys):
+    (results / 'out/test_options.json').write_text('{"dataset": "GlaS"}')
+    monkeypatch.setitem(study.CHOICES, 'GlaS', {**{name: (0,) for name in study.NUCLEI}, 'min_area': (5, 100)})
+    truths = {}
+    for path in (results / 'labels').iterdir():
+        truths[path.stem.removesuffix('_label')] = truth = pixels(path).repeat(2, 0).repeat(2, 1)
+        save_instances(path, truth)
+    study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
+    rows = {line[:36].strip(): line[36:].split() for line in capsys.readouterr().out.splitlines()[2:]}
+    expected = []
+    for name, truth in truths.items():
+        inside = pixels(results / f'out/set_prob_maps/{name}_prob_inside.png')
+        glands = gland_accuracy_object_level(post_process(inside > 127, 5, 4, truth.shape), truth)
+        expected.append([glands.dice, glands.F1, glands.hausdorff])
+    found = [float(rows['min_area 5'][i]) for i in (0, 2, 3)]
+    assert found == pytest.approx(np.mean(expected, axis=0), abs=1e-4) and found[0] > 0.3
 
 
 def test_what_the_study_cannot_use(results):
@@ -222,4 +243,7 @@ def test_what_the_study_cannot_use(results):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
     label.unlink()
     with pytest.raises(InputError, match='1 instance labels of images missing'):
+        study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
+    (results / 'out/test_options.json').unlink()
+    with pytest.raises(InputError, match='no .*test_options.json; expected the save_dir of test.py'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
