@@ -242,6 +242,20 @@ def make_image(rng, size):
     return np.clip(np.rint(WHITE * light + noise), 0, 255).astype(np.uint8), label.astype(np.uint16)
 
 
+def make_gland_image(rng, size):
+    """Four glands in stroma, uint8 (size, size, 3): nuclei in the wall, pale cytoplasm, an empty lumen."""
+    tissue, grain = make_tissue(rng, size), smooth_noise(rng, size, 2)
+    for centre in np.array([(0.27, 0.27), (0.30, 0.75), (0.74, 0.30), (0.70, 0.72)]) * size:
+        window, t = star_shape(rng, size, centre, rng.uniform(0.14, 0.18) * size, rng.uniform(1, 1.4),
+                               rng.uniform(0, np.pi), roughness=0.06)
+        parts = [t < 0.35, (t > 0.72) & (t < 1) & (grain[window] > -0.5), t < 1]           # lumen, nuclei, the rest
+        for stain, amounts in (('hematoxylin', (0.02, 0.9, 0.12)), ('eosin', (0.02, 0.3, 0.45))):
+            tissue[stain][window] = np.select(parts, amounts, tissue[stain][window])
+    density = tissue['hematoxylin'][..., None] * HEMATOXYLIN + tissue['eosin'][..., None] * EOSIN
+    light = ndimage.gaussian_filter(np.exp(-density), (0.8, 0.8, 0))
+    return np.clip(np.rint(WHITE * light + rng.normal(0, 3, light.shape)), 0, 255).astype(np.uint8)
+
+
 # The data set
 
 def clear_earlier_output(out):

@@ -18,7 +18,7 @@ import test as test_script
 import train
 from dataset import DataFolder
 from FullNet import create_model
-from miniature import SMALL, calls_of, make_multi_organ, nuclei
+from miniature import SMALL, calls_of, make_glas, make_multi_organ, nuclei
 from my_transforms import get_transforms
 from support.checkpoints import load_checkpoint
 from support.files import save_image, save_instances, sha256_of
@@ -174,6 +174,24 @@ def test_what_cannot_be_checked(made, shipped, measured, tmp_path):
         verify_pretrained.main(['--weights', 'nowhere.pth.tar'])
     with pytest.raises(InputError, match='best.pth.tar does not say how it was made; make it with'):
         verify_pretrained.main(['--weights', str(made / 'stage2/checkpoints/checkpoint_best.pth.tar'), '--write'])
+
+
+def test_weights_for_glands_have_columns_and_a_picture_of_their_own(tmp_path, capsys):
+    data, weights = make_glas(tmp_path / 'data'), tmp_path / 'glands.pth.tar'
+    train.main(['--dataset', 'GlaS', *SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')])
+    test_script.main(['--model-path', str(tmp_path / 'run/checkpoints/checkpoint_best.pth.tar'), '--img-dir',
+                      str(data / 'images/val'), '--label-dir', str(data / 'labels_instance/val'), '--tta', 'none',
+                      '--gpu', 'cpu', '--save-dir', str(tmp_path / 'scores')])
+    export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(data), '--scores',
+                            str(tmp_path / 'scores'), '--out', str(weights)])
+    verify_pretrained.main(['--weights', str(weights), '--write'])
+    dice = load_checkpoint(weights)['scores'][0]['mean']['published_Dice']
+    assert '| image | Dice | F1 | IoU | Hausdorff |' in (tmp_path / 'glands.md').read_text()
+    capsys.readouterr()
+    verify_pretrained.main(['--weights', str(weights), str(data)])
+    assert f'TTA none: Dice {dice:.4f}, expected {dice:.4f} +- 0.005' in capsys.readouterr().out
+    nuclei, glands = (verify_pretrained.test_images(name)['demo'][0] for name in ('MultiOrgan', 'GlaS'))
+    assert glands.shape == (400, 400, 3) and nuclei.shape == (256, 256, 3)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -335,8 +353,8 @@ def test_the_shipped_weights(path, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'images').mkdir()
-    Image.fromarray(verify_pretrained.test_images()['demo'][0][:96, :96]).save('images/a.png')
     dataset = weights['options']['dataset']
+    Image.fromarray(verify_pretrained.test_images(dataset)['demo'][0][:96, :96]).save('images/a.png')
     test_script.main(['--dataset', dataset, '--img-dir', 'images', '--tta', 'none', '--gpu', 'cpu'])
     printed = capsys.readouterr().out
     assert 'taking the weights that come with the code' in printed and printed.count('\nlicence of') == 1
