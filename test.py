@@ -149,9 +149,11 @@ def parse_options(argv=None):
         note(f'{path} was trained on {stored}: taking --dataset {stored}')
         more = ['--dataset', stored]
     if opt.test['preset'] == 'best':
-        if not isinstance(checkpoint.get('best_post'), dict):
+        best = checkpoint.get('best_post')
+        if not isinstance(best, dict) or not all(name in opt.post and isinstance(value, (int, float))
+                                                 for name, value in best.items()):
             raise InputError(f'{path} has no preset best; leave out --preset, or give the options of post-processing')
-        more += [word for name, value in checkpoint['best_post'].items() if ('post', name) not in opt.given
+        more += [word for name, value in best.items() if ('post', name) not in opt.given
                  for word in (f'--{name}'.replace('_', '-'), str(value))]
     if more:
         opt = Options(isTrain=False).parse([*(sys.argv[1:] if argv is None else argv), *more, '--model-path', path])

@@ -93,7 +93,7 @@ def main(argv=None):
     parser.add_argument('--checkpoint', default='best',
                         help='best, latest, the number of an epoch, or what else follows checkpoint_ in a name')
     parser.add_argument('--scores', type=Path, nargs='*', default=[], help='result folders of test.py')
-    parser.add_argument('--best', type=Path, help='one of them, whose post-processing becomes --preset best of test.py')
+    parser.add_argument('--best', type=Path, help='result folder whose post-processing is --preset best of test.py')
     parser.add_argument('--licence', default='', help='of the weights, as that of their data asks; test.py names it')
     parser.add_argument('--raw', action='store_true',
                         help='of a run with --ema-decay: the weights themselves, not their average')

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def write_versions(data_dir, raw, out):
     """Write the images in all colours. Returns {name: (folder of images, options of test.py)}."""
     images = list_images(data_dir / 'images/val_full')
     versions = {'as they are': (data_dir / 'images/val_full', [])}
+    for name in (*COLOURS, 'raw'):
+        shutil.rmtree(out / name, ignore_errors=True)                     # other images of an earlier call
     for name, change in COLOURS.items():
         for path in images:
             save_image(out / name / f'{path.stem}.png',

@@ -8,9 +8,9 @@ labels of the images.
 Writes RESULTS/{set}_post_processing.txt. The first row is the published way: class 1 where it is the most likely one,
 components under min_area removed, each dilated by radius. Then one change at a time, and what a greedy search over all
 of them finds. It chooses by the mean of the first column over the same images that it is reported on, so that its gain
-is optimistic. In the last row each image is scored with what the search found on the others: that gain is what new
-images may expect. Columns, means over images: for nuclei published AJI, MoNuSeg's aji, pq, dice; for glands published
-Dice, F1 and Hausdorff, pq.
+is optimistic. In the last row each image is scored with what the search found on the others: that gain is closer to
+what new images get, as far as these images did not choose the weights too. Columns, means over images: for nuclei
+published AJI, MoNuSeg's aji, pq, dice; for glands published Dice, F1 and Hausdorff, pq.
 
 The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
 """
@@ -99,6 +99,18 @@ class Study:
             best = step
 
 
+def read_data_set(path):
+    """The data set in a test_options.json. Raises InputError if the images were scaled for the network."""
+    try:
+        options = json.loads(path.read_text(encoding='utf-8'))
+        dataset, scaled = options['dataset'], options['test']['scale_factor'] != 1 or options['test']['mpp']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path} is missing or damaged ({error!r}); expected the save_dir of test.py') from error
+    if scaled:
+        raise InputError(f'{path.parent} was made with --scale-factor or --mpp; run test.py without them')
+    return dataset
+
+
 def read_maps(results, set_name, label_dir, dataset):
     """{name: (inside, contour, truth)} of all images of a set: maps, uint8 (H, W), and instance labels."""
     folder = results / f'{set_name}_prob_maps'
@@ -112,7 +124,7 @@ def read_maps(results, set_name, label_dir, dataset):
         truth = read_instance_label(label)
         if inside.shape != truth.shape and dataset != 'GlaS':
             raise InputError(f'{label} has shape {truth.shape}, and the probability maps of {name} in {folder} have '
-                             f'shape {inside.shape}; expected the same, from test.py without --scale-factor and --mpp')
+                             f'shape {inside.shape}; expected the same')
         images[name] = inside, contour, truth
     return images
 
@@ -145,10 +157,7 @@ def main(argv=None):
     parser.add_argument('--label-dir', required=True, help='instance labels of the images')
     parser.add_argument('--set', required=True, help='name of the set: RESULTS has {set}_prob_maps')
     args = parser.parse_args(argv)
-    options = args.results / 'test_options.json'
-    if not options.is_file():
-        raise InputError(f'no {options}; expected the save_dir of test.py')
-    dataset = json.loads(options.read_text(encoding='utf-8'))['dataset']
+    dataset = read_data_set(args.results / 'test_options.json')
     post = Options(isTrain=False).parse(['--dataset', dataset]).post
     published = {name: post.get(name, 0) for name in NUCLEI}
     study = Study(read_maps(args.results, args.set, args.label_dir, dataset), dataset)

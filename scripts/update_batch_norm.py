@@ -68,7 +68,7 @@ def main(argv=None):
     update_bn(tqdm(crops, total=n_batches, disable=None), model.to(device), device)
     checkpoint['state_dict'] = {key: value.cpu() for key, value in model.state_dict().items()}
     checkpoint['optimizer'], checkpoint['batch_norm_crops'] = {}, n_crops
-    for name in ('raw_state_dict', 'scores'):                         # of the old statistics
+    for name in ('raw_state_dict', 'scores', 'best_post'):            # of the old statistics
         checkpoint.pop(name, None)
     save_checkpoint(args.out, checkpoint)
     print(f'{args.out}: batch-norm statistics of {n_crops} crops')

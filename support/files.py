@@ -11,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from support.script import InputError
+
+try:
+    import fcntl
+except ImportError:                                # Windows
+    import msvcrt
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -37,34 +42,38 @@ def atomic_path(path):
 
 
 class FolderLock:
-    """A lock on `folder/.lock`, so that at most one process writes there. Makes the folder.
+    """A lock by the operating system on `folder/.lock`, so that at most one process writes there. Makes the folder.
 
     `release()`, the end of the `with` block or the end of the process unlocks it. The file that a killed process leaves
-    behind locks nothing, even while its loader processes live on. Other computers see the lock if the shared file
-    system supports locks; a file system without locks gives a note, and no lock. A process may lock a folder again.
-    Processes of torchrun that write into one folder each lock their own file, by `rank`. Raises InputError that names
-    the process which holds the lock.
+    behind locks nothing. Other computers see the lock if the shared file system supports locks; a file system without
+    locks gives a note, and no lock. A process may lock a folder again. Processes of torchrun that write into one folder
+    each lock their own file, by `rank`. Raises InputError that names the process which holds the lock.
     """
 
     def __init__(self, folder, rank=0):
         self.path = Path(folder) / f'.lock{rank or ""}'
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path, is_singleton=True)
+        self.file = self._open()
+        if not self.is_in_place():                 # its owner removed it before we locked it
+            os.close(self.file)
+            self.file = self._open()
+        os.truncate(self.file, 0)
+        os.write(self.file, f'process {os.getpid()} on {platform.node()}\n'.encode())
+        atexit.register(self.release)
+
+    def _open(self):
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            owner = self.path.read_text(errors='replace').strip() if self.path.is_file() else ''
+            _lock(file)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(file, 1000).decode(errors='replace').strip()
+            os.close(file)
             raise InputError(f'{self.path.parent} is being written by another process ({owner or "just started"}); '
                              f'wait until it has ended, or choose another folder') from None
         except OSError as error:
-            if error.filename is not None:                               # the file could not be made
-                raise
             warnings.warn(f'{self.path.parent} cannot be locked ({error.strerror}): let only one process write there',
-                          stacklevel=2)
-        with contextlib.suppress(PermissionError):                       # Windows does not write to locked files
-            self.path.write_text(f'process {os.getpid()} on {platform.node()}\n')
-        self.file = os.stat(self.path)
-        atexit.register(self.release)
+                          stacklevel=3)
+        return file
 
     def __enter__(self):
         return self
@@ -75,24 +84,38 @@ class FolderLock:
     def is_in_place(self):
         """Whether the folder and its lock file are still at their path."""
         try:
-            return os.path.samestat(self.file, os.stat(self.path))
+            return os.path.samestat(os.fstat(self.file), os.stat(self.path))
         except OSError:
             return False
 
     def check(self):
-        """Unlock and raise InputError if the folder was moved or deleted: writing would make a second, partial one."""
+        """Raise InputError if the folder was moved or deleted. Writing now would make a second, partial folder."""
         if not self.is_in_place():
-            self.release()
             raise InputError(f'{self.path.parent} was moved or deleted while it was written; run the same command '
                              f'again with its new path: finished images are kept')
 
     def release(self):
         """Unlock the folder and remove the lock file."""
         atexit.unregister(self.release)
-        if self.lock.is_locked and self.is_in_place():
-            with contextlib.suppress(OSError):                           # Windows does not remove open files
-                self.path.unlink()
-        self.lock.release(force=True)
+        if self.file is not None:
+            if self.is_in_place():
+                with contextlib.suppress(OSError):                       # Windows does not remove open files
+                    self.path.unlink()
+            os.close(self.file)
+            self.file = None
+
+
+def _lock(file):
+    """Lock an open file for this process. Raises BlockingIOError or PermissionError if another process holds the lock.
+
+    Loader processes do not inherit a lock by lockf. So it ends with this process, even if its loaders live on.
+    """
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        os.lseek(file, 2 ** 30, os.SEEK_SET)                             # not byte 0: nobody can read a locked byte
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
 
 
 def write_text(path, text):

@@ -39,7 +39,7 @@ from FullNet import create_model
 from loss import VarCELoss
 from miniature import SMALL, make_multi_organ, nuclei, pixels
 from prepare_data import ternary_label
-from support import results, run_folder
+from support import files, results, run_folder
 from support.checkpoints import load_checkpoint
 from support.files import FolderLock
 from support.script import InputError, run_script
@@ -554,10 +554,25 @@ def test_a_process_is_not_in_its_own_way(here):
     first.release()                                                  # once more changes nothing
 
 
+def test_a_lock_file_that_its_last_owner_removes_is_locked_anew(here, monkeypatch):
+    """Between opening and locking: or the next process would make, and lock, another file of this name."""
+    lock, calls = files._lock, []
+
+    def too_late(file):
+        if not calls:
+            (here / 'run/.lock').unlink()
+        calls.append(file)
+        lock(file)
+    monkeypatch.setattr(files, '_lock', too_late)
+    held = FolderLock(here / 'run')
+    assert len(calls) == 2 and held.is_in_place()
+    held.release()
+
+
 def test_a_file_system_without_locks(data, monkeypatch):
-    def no_locks(file, operation):
+    def no_locks(file):
         raise OSError(errno.ENOLCK, 'No locks available')
-    monkeypatch.setattr('fcntl.flock', no_locks)
+    monkeypatch.setattr(files, '_lock', no_locks)
     assert f'{data}/run cannot be locked (No locks available): let only one process write there' in notes(
         lambda: run_train(data))
     assert (data / 'run/checkpoints/checkpoint.pth.tar').is_file()

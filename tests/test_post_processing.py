@@ -1,4 +1,5 @@
 """Post-processing beyond the published one, and the study of what it gains."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -184,8 +185,13 @@ def results(tmp_path):
         contour = ((truth > 0) & ~core) * 200
         for kind, array in (('inside', inside), ('contour', contour)):
             save_image(tmp_path / f'out/set_prob_maps/im.{i}_prob_{kind}.png', array.astype(np.uint8))
-    (tmp_path / 'out/test_options.json').write_text('{"dataset": "MultiOrgan"}')
+    write_options(tmp_path)
     return tmp_path
+
+
+def write_options(folder, dataset='MultiOrgan', scale_factor=1):
+    options = {'dataset': dataset, 'test': {'scale_factor': scale_factor, 'mpp': ''}}
+    (folder / 'out/test_options.json').write_text(json.dumps(options))
 
 
 def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, capsys):
@@ -217,7 +223,7 @@ def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, ca
 
 
 def test_the_study_of_glands_scores_them_at_the_size_of_their_images(results, monkeypatch, capsys):
-    (results / 'out/test_options.json').write_text('{"dataset": "GlaS"}')
+    write_options(results, 'GlaS')
     monkeypatch.setitem(study.CHOICES, 'GlaS', {**{name: (0,) for name in study.NUCLEI}, 'min_area': (5, 100)})
     truths = {}
     for path in (results / 'labels').iterdir():
@@ -244,6 +250,9 @@ def test_what_the_study_cannot_use(results):
     label.unlink()
     with pytest.raises(InputError, match='1 instance labels of images missing'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
-    (results / 'out/test_options.json').unlink()
-    with pytest.raises(InputError, match='no .*test_options.json; expected the save_dir of test.py'):
+    write_options(results, scale_factor=2)
+    with pytest.raises(InputError, match='out was made with --scale-factor or --mpp; run test.py without them'):
+        study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
+    (results / 'out/test_options.json').write_text('{')
+    with pytest.raises(InputError, match='test_options.json is missing or damaged .*; expected the save_dir'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])

@@ -153,7 +153,7 @@ def test_other_scores_fail(made, shipped, measured, capsys):
     assert re.search('^FAIL  val_full', text, re.MULTILINE)
 
 
-def test_what_cannot_be_checked(made, shipped, measured, tmp_path):
+def test_what_cannot_be_checked(made, shipped, measured, tmp_path, monkeypatch):
     with pytest.raises(InputError, match='carries no scores with --tta full; choose another --tta'):
         verify_pretrained.main(['--weights', str(shipped), '--tta', 'full', str(made / 'data')])
     with pytest.raises(InputError, match='no nowhere/mean_std.npy'):
@@ -172,6 +172,9 @@ def test_what_cannot_be_checked(made, shipped, measured, tmp_path):
         verify_pretrained.main(['--weights', str(shipped)])
     with pytest.raises(InputError, match='no checkpoint at nowhere.pth.tar'):
         verify_pretrained.main(['--weights', 'nowhere.pth.tar'])
+    monkeypatch.setattr(test_script, 'PRETRAINED', tmp_path)
+    with pytest.raises(InputError, match=f'no ..pth.tar in {tmp_path}; name one with --weights'):
+        verify_pretrained.main([])
     with pytest.raises(InputError, match='best.pth.tar does not say how it was made; make it with'):
         verify_pretrained.main(['--weights', str(made / 'stage2/checkpoints/checkpoint_best.pth.tar'), '--write'])
 
@@ -181,9 +184,11 @@ def test_weights_for_glands_have_columns_and_a_picture_of_their_own(tmp_path, ca
     train.main(['--dataset', 'GlaS', *SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run')])
     test_script.main(['--model-path', str(tmp_path / 'run/checkpoints/checkpoint_best.pth.tar'), '--img-dir',
                       str(data / 'images/val'), '--label-dir', str(data / 'labels_instance/val'), '--tta', 'none',
-                      '--gpu', 'cpu', '--save-dir', str(tmp_path / 'scores')])
+                      '--gpu', 'cpu', '--min-area', '70', '--save-dir', str(tmp_path / 'scores')])
     export_pretrained.main(['--run', str(tmp_path / 'run'), '--data-dir', str(data), '--scores',
-                            str(tmp_path / 'scores'), '--out', str(weights)])
+                            str(tmp_path / 'scores'), '--best', str(tmp_path / 'scores'), '--out', str(weights)])
+    opt, _ = test_script.parse_options(['--model-path', str(weights), '--preset', 'best', '--radius', '9'])
+    assert opt.dataset == 'GlaS' and (opt.post['min_area'], opt.post['radius']) == (70, 9)
     verify_pretrained.main(['--weights', str(weights), '--write'])
     dice = load_checkpoint(weights)['scores'][0]['mean']['published_Dice']
     assert '| image | Dice | F1 | IoU | Hausdorff |' in (tmp_path / 'glands.md').read_text()
@@ -204,7 +209,7 @@ def test_the_card_keeps_its_words_and_gets_the_facts_of_the_weights(made, shippe
     weights = load_checkpoint(shipped)
     model = create_model(**weights['options']['model'])
     assert text.startswith('# Weights\n\nKnown facts.\n\n<!-- written by')
-    assert f'`{sha256_of(shipped)}`' in text and weights['commit'] in text and weights['data_sha256'] in text
+    assert f'`{sha256_of(shipped)}`' in text and str(weights['commit']) in text and weights['data_sha256'] in text
     assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in text
     for name, row in {**weights['scores'][0]['images'], 'mean': weights['scores'][0]['mean']}.items():
         assert re.search(rf'^\| {name} \| {row["published_AJI"]:.4f} \| .* {row["dice"]:.4f} \|$', text, re.MULTILINE)
@@ -233,9 +238,11 @@ def test_the_preset_is_taken_from_the_weights_and_an_option_that_is_given_wins(m
     monkeypatch.setattr(test_script, 'PRETRAINED', made / 'shipped')                                 # not named
     opt, _ = test_script.parse_options(['--preset', 'best'])
     assert opt.post == best.post and opt.test['save_dir'] == './experiments/MultiOrgan/FullNet_MultiOrgan'
-    with pytest.raises(InputError, match='best.pth.tar has no preset best; leave out --preset, or give the options'):
-        test_script.parse_options(['--model-path', str(made / 'stage2/checkpoints/checkpoint_best.pth.tar'),
-                                   '--preset', 'best'])
+    unsafe = load_checkpoint(made / 'shipped/FullNet_MultiOrgan.pth.tar') | {'best_post': {'save_dir': '/tmp'}}
+    torch.save(unsafe, tmp_path / 'best.pth.tar')
+    for path in (made / 'stage2/checkpoints/checkpoint_best.pth.tar', tmp_path / 'best.pth.tar'):
+        with pytest.raises(InputError, match='best.pth.tar has no preset best; leave out --preset, or give'):
+            test_script.parse_options(['--model-path', str(path), '--preset', 'best'])
 
 
 # ---------------------------------------------------------------------------------------------------

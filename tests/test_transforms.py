@@ -137,6 +137,7 @@ def test_affine_and_rotation_draw_within_their_bounds():
     assert np.abs(drawn).max() <= 0.3 and (np.abs(drawn).max(axis=0) > 0.28).all()
     angles = [RandomRotation(90).draw(RNG, None) for _ in range(500)]
     assert min(angles) < -80 and max(angles) > 80 and np.abs(angles).max() <= 90
+    assert RandomResize.resize(Image.new('L', (5, 9)), 0.01).size == (5, 9)           # a pixel is left of it, padded
     factors = [RandomResize(0.8, 1.25).draw(RNG, None) for _ in range(500)]
     assert 0.8 <= min(factors) < 0.82 and 1.23 < max(factors) <= 1.25
 
@@ -160,6 +161,8 @@ def test_stains_are_drawn_within_their_bounds_and_none_changes_nothing():
     factors, offsets, brightness = map(np.array, zip(*(transform.draw(RNG, None) for _ in range(300))))
     for drawn, centre, bound in ((factors, 1, 0.4), (offsets, 0, 0.05), (brightness, 1, 0.15)):
         assert bound * 0.95 < np.abs(drawn - centre).max() <= bound
+    built = get_transforms({'random_stain': (0.4, 0.05, 0.15)}).transforms[0]
+    assert vars(built) == vars(transform) == {'strength': 0.4, 'offset': 0.05, 'brightness': 0.15}
     image = Image.fromarray(RNG.integers(1, 256, (30, 30, 3), dtype=np.uint8))            # 0 has no logarithm
     assert (np.asarray(RandomStain(0, 0, 0)([image], RNG)[0]) == np.asarray(image)).all()
     assert (np.asarray(transform([image], RNG)[0]) != np.asarray(image)).any()
