@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole method on a small built-in data set, from nothing but Python: set up .venv, make images, prepare, train a
-# reduced FullNet, test, test again without labels, compare with Otsu's threshold. About 8 minutes on 2 CPU cores.
+# reduced FullNet, test, test again without labels, compare with Otsu's threshold. About 4 minutes on 2 CPU cores.
 # `--short` runs the same commands on less data and for one epoch, to see that they work; its scores mean nothing.
 out=demo images='' epochs=20
 case "${1:-}" in
