@@ -2,8 +2,8 @@
 
     python scripts/study_post_processing.py RESULTS --set val_full --label-dir LABELS
 
-RESULTS: save_dir of test.py with probability maps, of nuclei without --scale-factor and --mpp. LABELS: the instance
-labels of the images.
+RESULTS: save_dir of test.py with probability maps, without --scale-factor and --mpp. LABELS: the instance labels of the
+images.
 
 Writes RESULTS/{set}_post_processing.txt. The first row is the published way: class 1 where it is the most likely one,
 components under min_area removed, each dilated by radius. Then one change at a time, and what a greedy search over all
