@@ -4,7 +4,7 @@ They are Pillow images until `to_tensor`, tensors after it. A random transform h
 parameters from a NumPy generator, and `apply` applies them, so that tests can choose the parameters.
 A new transform is a class here with an entry in TRANSFORMS. Its flag is an entry in TRANSFORM_PARSERS of
 support/command_line.py, which has the order of application; the bounds of its value are in `_check_transforms` there.
-It is on by default if TRANSFORM of options.py has it.
+With a value in TRANSFORM of options.py, whose order then counts, it is on by default.
 """
 import functools
 

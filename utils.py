@@ -448,7 +448,8 @@ def _detection_scores(tp, table):
 def _aji(table, pairs):
     """Aggregated Jaccard index: sum of intersections / (sum of unions + areas of the objects in no pair).
 
-    pairs: indices of pairs in the table.
+    pairs: indices of pairs in the table. They decide which AJI it is: `_published_pairs`; MoNuSeg's, each ground-truth
+    object with its best prediction; AJI+, `_largest_iou_sum_pairs`.
     """
     alone = (table.gt_area.sum() - table.gt_area[np.unique(table.gt[pairs])].sum()
              + table.pred_area.sum() - table.pred_area[np.unique(table.pred[pairs])].sum())

@@ -45,7 +45,8 @@ class Source(NamedTuple):
 def find_sources(dataset, options):
     """The images that the options describe, list of Source. options: the group `prepare` of options.py.
 
-    To add a data set, write a function like `find_glas` and call it here. Raises InputError for missing files.
+    A third data set needs a function like `find_glas`, called here (docs/data.md: all places). Raises InputError for
+    missing files.
     """
     if bool(options['img_dir']) != bool(options['label_dir']):
         given, other = ('img', 'label') if options['img_dir'] else ('label', 'img')
