@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-from skimage.measure import label as connected_regions
 from tqdm import tqdm
 
 from support.command_line import boolean
 from support.files import save_image
-from support.images import labels_by_name, read_instance_label, refuse_same_folder
+from support.images import labels_by_name, number_pieces, read_instance_label, refuse_same_folder
 from support.pictures import find_edges
 from support.script import InputError, Parser, note, run_script
 
@@ -105,9 +104,7 @@ def first_pieces(instance_label):
     instance_label: int (H, W) with any ids. Returns int32 (H, W), 0 = background, objects numbered 1 to N.
     """
     by_column = np.ascontiguousarray(np.asarray(instance_label).T)
-    pieces = connected_regions(by_column, background=0, connectivity=2)   # numbered in the order of their first pixels
-    id_of_piece = np.zeros(pieces.max(initial=0) + 1, by_column.dtype)
-    id_of_piece[pieces] = by_column
+    pieces, id_of_piece = number_pieces(by_column)
     _, first = np.unique(id_of_piece[1:], return_index=True)
     new_number = np.zeros(len(id_of_piece), np.int32)
     new_number[1 + first] = np.arange(1, len(first) + 1)

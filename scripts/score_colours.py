@@ -53,7 +53,8 @@ def write_versions(data_dir, raw, out):
                        (change(read_image(path) / 255) * 255).round().astype(np.uint8))
         versions[name] = out / name, []
     if raw:
-        found = [(path.stem, tiff) for path in images for tiff in list_images(raw) if path.stem.endswith(tiff.stem)]
+        tiffs = list_images(raw)
+        found = [(path.stem, tiff) for path in images for tiff in tiffs if path.stem.endswith(tiff.stem)]
         if not found:                             # the prepared names begin with the organ
             raise InputError(f'{raw} has none of the images {", ".join(path.stem for path in images)}')
         for name, tiff in found:

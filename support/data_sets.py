@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from skimage.measure import label as connected_regions
 
 from support.files import write_text
 from support.images import (GEOJSON_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS, composed, find_labels,
-                            labels_by_name, list_images, missing_files_message, read_json)
+                            labels_by_name, list_images, missing_files_message, number_pieces, read_json)
 from support.script import InputError, note
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).
@@ -378,8 +377,6 @@ def write_report(folder, report):
 
 def count_objects(instance_label):
     """(number of objects, number of objects in several 8-connected pieces) of an instance label, int (H, W)."""
-    pieces = connected_regions(instance_label, background=0, connectivity=2)
-    id_of_piece = np.zeros(pieces.max(initial=0) + 1, instance_label.dtype)
-    id_of_piece[pieces] = instance_label
+    _, id_of_piece = number_pieces(instance_label)
     ids, piece_count = np.unique(id_of_piece[1:], return_counts=True)
     return len(ids), int((piece_count > 1).sum())

@@ -413,6 +413,18 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
     return _instances_of(label, path, binary_labels)
 
 
+def number_pieces(label):
+    """Number the 8-connected pieces of equal value of a label, int (H, W).
+
+    Returns them, int (H, W), from 1 in the order of their first pixels, 0 = background; and the value of each piece,
+    int (n + 1,), with 0 for the background.
+    """
+    pieces = measure.label(label, background=0, connectivity=2)
+    value_of_piece = np.zeros(pieces.max(initial=0) + 1, label.dtype)
+    value_of_piece[pieces] = label
+    return pieces, value_of_piece
+
+
 def _instances_of(label, path, binary_labels):
     """The instances of a label, int32 (H, W), which may be a mask or a class map. Notes say what was done.
 
@@ -426,9 +438,7 @@ def _instances_of(label, path, binary_labels):
     if not label.any():
         note(f'{path.name}: the label has no object')
         return label
-    pieces = measure.label(label, background=0, connectivity=2)
-    value_of_piece = np.zeros(pieces.max() + 1, np.int32)
-    value_of_piece[pieces] = label
+    pieces, value_of_piece = number_pieces(label)
     sizes = sum(np.bincount(pieces[top:top + 2048].ravel(), minlength=len(value_of_piece))        # bands save memory
                 for top in range(0, len(pieces), 2048))
     values, value_number, n_pieces = np.unique(value_of_piece[1:], return_inverse=True, return_counts=True)
