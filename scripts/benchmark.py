@@ -451,7 +451,7 @@ class GpuSizes:
     crop: int = SIZE
     image: int = 1000                                            # pixels of a side, in testing
     patches: int = 192                                           # of an epoch, as Multi-Organ has
-    seconds: float = 3.0                                         # for each speed
+    seconds: float = 2.0                                         # for each speed
     product: int = 8192                                          # rows of the matrices that show what the card can do
     network: tuple = ()                                          # model options of train.py
     compile: bool = True
@@ -477,30 +477,32 @@ def gpu_table(sizes):
     peak = 2 * sizes.product ** 3 * per_second(lambda: a @ a, sizes)
     model = Options(isTrain=True).parse(sizes.network).model
     work = gflop_per_patch(create_model(**model), sizes.crop) * 1e9
-    versions = {'published': {}, 'ours': dict(ours=True), 'ours, amp': dict(ours=True, amp=True)}
-    if sizes.compile:
-        versions['ours, amp, compile'] = dict(ours=True, amp=True, compiled=True)
-    rows = []
-    for name, version in versions.items():
-        step, network = gpu_step(model, sizes, **version)
-        compiling = time.perf_counter()
+    versions = {'published': {}, 'ours': dict(ours=True), 'ours, amp': dict(ours=True, amp=True),
+                'ours, amp, compile': dict(ours=True, amp=True, compiled=True)}
+
+    def row(name):
+        step, network = gpu_step(model, sizes, **versions[name])
+        first = time.perf_counter()
         step()
-        compiling = time.perf_counter() - compiling
+        first = time.perf_counter() - first
         if sizes.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         crops = sizes.batch * per_second(step, sizes)
         memory = torch.cuda.max_memory_allocated() / 1e9 if sizes.device.type == 'cuda' else math.nan
-        windows = '' if version.get('compiled') else f'{windows_per_second(network, sizes, **version):.1f}'
-        rows.append((name, f'{crops:.1f}', f'{memory:.1f}', f'{crops * work / peak:.1%}', windows, f'{compiling:.1f}'))
-        del step, network
+        windows = '' if 'compile' in name else f'{windows_per_second(network, sizes, **versions[name]):.1f}'
+        return name, f'{crops:.1f}', f'{memory:.1f}', f'{crops * work / peak:.1%}', windows, f'{first:.1f}'
+
+    header = '', 'training, crops/s', 'peak GB', 'of the product', 'testing, windows/s', 'first step, s'
     print(f'Batches of {sizes.batch} crops of {sizes.crop} x {sizes.crop}, {work / 1e9:.0f} GFLOP each; a product of '
           f'bfloat16 matrices reaches {peak / 1e12:.1f} TFLOP/s')
-    print_table(('', 'training, crops/s', 'peak GB', 'of the product', 'testing, windows/s', 'first step, s'), rows)
+    print_table(header, [row(name) for name in versions if 'compile' not in name])
     for name, words in (('published', ()), ('ours, amp', ('--amp', 'True'))):
         epoch, validation = epoch_seconds(sizes, words, published=name == 'published')
         print(f'{name}: epoch of {sizes.patches} patches with loader {epoch:.2f} s, validation of {sizes.patches // 3} '
               f'patches {validation:.2f} s, image of {sizes.image} x {sizes.image} with --tta full '
-              f'{image_seconds(sizes, words):.2f} s')
+              f'{image_seconds(sizes, words):.2f} s', flush=True)
+    if sizes.compile:                                                    # last, because it may take minutes
+        print_table(header, [row('ours, amp, compile')])
     print(f'measured in {time.perf_counter() - started:.0f} s')
 
 
@@ -589,7 +591,7 @@ def epoch_seconds(sizes, words, published):
             stack.enter_context(mock.patch.object(train, 'put_on', lambda device, network: network.to(device)))
             stack.enter_context(mock.patch.object(train, 'windows_at_once', lambda device: 1))
         stack.enter_context(mock.patch.object(train.log, 'addHandler', lambda handler: None))
-        train.main(['--data-dir', f'{folder}/data', '--save-dir', f'{folder}/run', '--epochs', '3', '--batch-size',
+        train.main(['--data-dir', f'{folder}/data', '--save-dir', f'{folder}/run', '--epochs', '2', '--batch-size',
                     str(sizes.batch), '--input-size', str(sizes.crop), *sizes.network, *words])
     return [statistics.median(values[1:]) for values in seconds.values()]
 

@@ -32,6 +32,7 @@ RETIRED = {'grid_every'}  # options of earlier versions that changed only what a
 # entries that this code's checkpoints have and published ones lack
 OUR_STATE = {'batch', 'step', 'total_steps', 'steps_planned', 'history', 'meter', 'minutes'}
 WARM_UP, TIMED = 10, 20   # --max-minutes times 20 steps, after 10 in which CUDA compiles and chooses convolutions
+SAVE_SECONDS = 20         # least time between two saves of the latest checkpoint at the ends of epochs
 CURVE_MINUTES = 3         # least time between two drawings of learning_curve.png
 GRID_EPOCHS = 5           # between two pictures val_grid.png
 RUN_FILES = ('checkpoints', 'tb_logs', 'train.log', 'train_options.txt', 'train_options.json', 'run_info.json',
@@ -370,9 +371,14 @@ class Run:
             self.save_latest()
 
     def save_epoch(self, is_best):
-        """Save the latest checkpoint. Every checkpoint_freq epochs a copy is kept, and one if it is the best so far."""
+        """Save the latest checkpoint, and copies: every checkpoint_freq epochs one is kept, and one if it is the best.
+
+        Without a copy it is saved at most every SAVE_SECONDS, because an epoch on a GPU may take less than a second.
+        """
         kept = self.state.epoch % self.opt.train['checkpoint_freq'] == 0
-        self.save_latest(*[f'checkpoint_{self.state.epoch}.pth.tar'] * kept, *['checkpoint_best.pth.tar'] * is_best)
+        ended = self.state.step >= self.state.total_steps
+        if kept or is_best or ended or time.monotonic() - self.last_saved >= SAVE_SECONDS:
+            self.save_latest(*[f'checkpoint_{self.state.epoch}.pth.tar'] * kept, *['checkpoint_best.pth.tar'] * is_best)
 
     def last_good(self):
         """Where the latest checkpoint is, for error messages."""
