@@ -105,8 +105,10 @@ def test_training_step_is_the_golden_one(device='cpu'):
     for value, name in ((loss, 'loss'), (loss_ce, 'loss_ce'), (loss_var, 'loss_var')):
         assert value.item() == pytest.approx(float(golden[name]), rel=1e-5)
     loss.backward()
+    # one input of a ReLU is so near 0 that its sign depends on the order of sums: float64 differs by 1.6 %, CUDA too
+    tolerance = 1e-2 if device == 'cpu' else 3e-2
     for weight, name in ((model.conv1.conv.weight, 'grad_conv1'), (model.conv2.weight, 'grad_last'),
                          (model.blocks.block5.denselayer4.conv.conv.weight, 'grad_block5_layer4')):
-        assert np.abs(weight.grad.cpu().numpy() - golden[name]).max() < 1e-2 * np.abs(golden[name]).max()
+        assert np.abs(weight.grad.cpu().numpy() - golden[name]).max() < tolerance * np.abs(golden[name]).max()
     optimizer.step()
     assert np.abs(model.conv2.weight.detach().cpu().numpy() - golden['conv2_after_adam']).max() < 1e-4
