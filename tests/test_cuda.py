@@ -32,8 +32,9 @@ WEIGHTS = [str(path) for path in sorted(test_script.PRETRAINED.glob('*.pth.tar')
 
 @pytest.fixture(autouse=True)
 def exact_convolutions(monkeypatch, tmp_path):
-    """float32 in full instead of TF32."""
+    """float32 in full instead of TF32, and no search for the fastest convolutions, which may take minutes then."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
 

@@ -253,30 +253,32 @@ def test_the_training_script_trains_scores_exports_and_goes_on(tmp_path):
     data = add_val_full(make_multi_organ(tmp_path / 'data', n_train=2, size=212))
     run, out = tmp_path / 'a run', tmp_path / 'shipped/w.pth.tar'
     settings = dict(DATA_DIR=str(data), SAVE_DIR=str(run), OUT=str(out), SCORES='none', DATA_500=str(data),
-                    **{f'EPOCHS_{i}': '1' for i in range(1, 5)})
+                    **{f'EPOCHS_{i}': '1' for i in range(1, 6)})
     words = [*TINY, '--workers', '0', '--val-every', '1', '--gpu', 'cpu']
     (run / 'stage1').mkdir(parents=True)
     (run / 'stage1/train.log').write_text('killed before its first checkpoint')
     mains = {'train': train.main, 'update_batch_norm': update_batch_norm.main, 'test': test_script.main,
              'export_pretrained': export_pretrained.main, 'verify_pretrained': verify_pretrained.main}
-    steps = [*['train'] * 4, 'update_batch_norm', 'test', 'test', 'export_pretrained', 'verify_pretrained']
+    steps = [*['train'] * 4, 'update_batch_norm', 'train', 'test', 'test', 'export_pretrained', 'verify_pretrained']
     calls, _ = calls_of('train_pretrained.sh', tmp_path, *words, **settings)
     assert [Path(call[0]).stem for call in calls] == steps
     for step, call in zip(steps, calls):
         mains[step](call[1:])
     weights = load_checkpoint(out)
     assert [(stage['train']['input_size'], stage['train']['lr_schedule']) for stage in weights['stages']] == [
-        (144, 'none'), (144, 'cosine'), (208, 'cosine'), (208, 'cosine')]
-    assert weights['batch_norm_crops'] == 96 and '96 training crops' in (out.parent / 'w.md').read_text()
+        (144, 'none'), (144, 'cosine'), (208, 'cosine'), (208, 'cosine'), (208, 'cosine')]
+    assert [('random_stain' in stage['transform']['train'], stage['train']['lr']) for stage in weights['stages']] == [
+        *[(False, 0.002)] * 4, (True, 0.001)]
+    assert load_checkpoint(run / 'stage4/checkpoints/checkpoint_batch_norm.pth.tar')['batch_norm_crops'] == 96
     assert [(scores['set'], scores['test']['tta'], scores['post']['h_maxima']) for scores in weights['scores']] == [
-        ('val_full', 'none', 0), ('val_full', 'none', 0.1)]
+        ('val_full', 'none', 0), ('val_full', 'none', 0.2)]
     assert (out.parent / 'w.json').is_file()
     assert sha256_of(out) in (out.parent / 'w.md').read_text()
 
     # started again
     calls, _ = calls_of('train_pretrained.sh', tmp_path, *words, **settings)
     assert [Path(call[0]).stem for call in calls] == steps
-    for stage, call in zip(('stage1', 'stage2', 'stage3', 'stage4'), calls):
+    for stage, call in zip(('stage1', 'stage2', 'stage3', 'stage4', 'stage5'), [*calls[:4], calls[5]]):
         latest = run / stage / 'checkpoints/checkpoint.pth.tar'
         assert call[call.index('--checkpoint-path') + 1] == str(latest)
         before = latest.read_bytes()
