@@ -56,7 +56,7 @@ TRAIN = dict(
     lr_schedule=Option('none', str, 'learning rate over the steps', choices=('none', 'cosine', 'onecycle')),
     warmup_epochs=Option(0.0, float, 'epochs of linear warm-up, for none and cosine', at_least=0),
     clip_grad=Option(0.0, float, 'largest norm of the gradient; 0 = not clipped', at_least=0),
-    compile=Option(False, boolean, 'torch.compile: faster steps on CUDA, after a minute of compiling'),
+    compile=Option(False, boolean, 'torch.compile, for CUDA: compiling takes minutes, its speed was not measured'),
     ema_decay=Option(0.0, float, 'decay of the weight average that is validated, such as 0.999; 0 = off',
                      at_least=0, below=1),
     val_every=Option(1, int, 'epochs between two validations', at_least=1),

@@ -141,7 +141,7 @@ def train_epoch(setup, state, network, compiled, crops, loader):
         n_own, n_all = batches.sizes(state.batch)                # images of this process, of all processes
         image, weight, target, instances = to_device(batch, processes.device, train['use_weight_map'])
 
-        # 2. forward and loss; a short batch is not compiled, because compiling it would take a minute
+        # 2. forward and loss; a short batch is not compiled, because that would take minutes
         with precision.autocast():
             logits = compiled(image) if n_all == train['batch_size'] else network(image)
         logits = logits.float()                                  # softmax, loss and variance in float32
