@@ -100,10 +100,10 @@ def main(argv=None):
         compiled = torch.compile(network, dynamic=False) if train['compile'] else network
         batches.start_at(state.epoch, state.batch)
         crops = iter(train_loader)                               # one iterator over the batches of all epochs
-        while state.step < state.total_steps or state.batch > 0:         # the last epoch may be short: validate it too
+        while not state.is_done() or state.batch > 0:                    # the last epoch may be short: validate it too
             train_epoch(setup, state, network, compiled, crops, train_loader)
             val, pictures = [math.nan] * 3, []
-            if (state.epoch + 1) % train['val_every'] == 0 or state.step >= state.total_steps:
+            if (state.epoch + 1) % train['val_every'] == 0 or state.is_done():
                 val, pictures = validate(setup, state.validation_model(), val_loader)
             is_best = val[2] > state.best_iou                            # NaN, without validation, is not
             row = state.finish_epoch(val)
@@ -134,7 +134,7 @@ def train_epoch(setup, state, network, compiled, crops, loader):
                     initial=state.batch, total=len(batches), disable=processes.quiet)
     started = time.monotonic()
     for batch in progress:
-        if state.step >= state.total_steps:                      # max_minutes may end training within an epoch
+        if state.is_done():                                      # max_minutes may end training within an epoch
             break
         # 1. data; each step has its own seed, so that a resumed run draws the same dropout
         torch.manual_seed(step_seed(train['seed'], state.step, processes.rank))

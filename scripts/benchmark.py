@@ -477,11 +477,9 @@ def gpu_table(sizes):
     peak = 2 * sizes.product ** 3 * per_second(lambda: a @ a, sizes)
     model = Options(isTrain=True).parse(sizes.network).model
     work = gflop_per_patch(create_model(**model), sizes.crop) * 1e9
-    versions = {'published': {}, 'ours': dict(ours=True), 'ours, amp': dict(ours=True, amp=True),
-                'ours, amp, compile': dict(ours=True, amp=True, compiled=True)}
 
-    def row(name):
-        step, network = gpu_step(model, sizes, **versions[name])
+    def row(name, compiled=False, **version):
+        step, network = gpu_step(model, sizes, compiled=compiled, **version)
         first = time.perf_counter()
         step()
         first = time.perf_counter() - first
@@ -489,20 +487,20 @@ def gpu_table(sizes):
             torch.cuda.reset_peak_memory_stats()
         crops = sizes.batch * per_second(step, sizes)
         memory = torch.cuda.max_memory_allocated() / 1e9 if sizes.device.type == 'cuda' else math.nan
-        windows = '' if 'compile' in name else f'{windows_per_second(network, sizes, **versions[name]):.1f}'
+        windows = '' if compiled else f'{windows_per_second(network, sizes, **version):.1f}'
         return name, f'{crops:.1f}', f'{memory:.1f}', f'{crops * work / peak:.1%}', windows, f'{first:.1f}'
 
     header = '', 'training, crops/s', 'peak GB', 'of the product', 'testing, windows/s', 'first step, s'
     print(f'Batches of {sizes.batch} crops of {sizes.crop} x {sizes.crop}, {work / 1e9:.0f} GFLOP each; a product of '
           f'bfloat16 matrices reaches {peak / 1e12:.1f} TFLOP/s')
-    print_table(header, [row(name) for name in versions if 'compile' not in name])
+    print_table(header, [row('published'), row('ours', ours=True), row('ours, amp', ours=True, amp=True)])
     for name, words in (('published', ()), ('ours, amp', ('--amp', 'True'))):
         epoch, validation = epoch_seconds(sizes, words, published=name == 'published')
         print(f'{name}: epoch of {sizes.patches} patches with loader {epoch:.2f} s, validation of {sizes.patches // 3} '
               f'patches {validation:.2f} s, image of {sizes.image} x {sizes.image} with --tta full '
               f'{image_seconds(sizes, words):.2f} s', flush=True)
     if sizes.compile:                                                    # last, because it may take minutes
-        print_table(header, [row('ours, amp, compile')])
+        print_table(header, [row('ours, amp, compile', ours=True, amp=True, compiled=True)])
     print(f'measured in {time.perf_counter() - started:.0f} s')
 
 
@@ -573,7 +571,7 @@ def windows_per_second(network, sizes, ours=False, amp=False):
 
 
 def epoch_seconds(sizes, words, published):
-    """Seconds of an epoch and of a validation of train.py, medians, the first ones not counted."""
+    """Seconds of the second epoch and of the second validation of train.py."""
     seconds = {'train_epoch': [], 'validate': []}
 
     def timed(name, function):
@@ -593,7 +591,7 @@ def epoch_seconds(sizes, words, published):
         stack.enter_context(mock.patch.object(train.log, 'addHandler', lambda handler: None))
         train.main(['--data-dir', f'{folder}/data', '--save-dir', f'{folder}/run', '--epochs', '2', '--batch-size',
                     str(sizes.batch), '--input-size', str(sizes.crop), *sizes.network, *words])
-    return [statistics.median(values[1:]) for values in seconds.values()]
+    return [second for _, second in seconds.values()]
 
 
 def write_made_up_data(folder, sizes):

@@ -53,12 +53,12 @@ train stage2 --data-dir "$DATA_DIR" --epochs "$EPOCHS_2" $small --lr-schedule co
     --val-every 17 --init-from "$SAVE_DIR/stage1/checkpoints/checkpoint.pth.tar" "$@"
 
 # 3. crops and augmentation as published, from larger patches, which leave fewer of their pixels empty
-large='--input-size 208 --val-overlap 80 --lr-schedule cosine'
-train stage3 --data-dir "$DATA_500" --epochs "$EPOCHS_3" $large --batch-size 3 --warmup-epochs 1 --val-every 36 \
+large='--input-size 208 --val-overlap 80 --batch-size 3 --lr-schedule cosine --warmup-epochs 1'
+train stage3 --data-dir "$DATA_500" --epochs "$EPOCHS_3" $large --val-every 36 \
     --init-from "$SAVE_DIR/stage2/checkpoints/checkpoint.pth.tar" "$@"
 
 # 4. once more, the rate falling from its start again
-train stage4 --data-dir "$DATA_500" --epochs "$EPOCHS_4" $large --batch-size 3 --warmup-epochs 1 --val-every 48 \
+train stage4 --data-dir "$DATA_500" --epochs "$EPOCHS_4" $large --val-every 48 \
     --init-from "$SAVE_DIR/stage3/checkpoints/checkpoint.pth.tar" "$@"
 python scripts/update_batch_norm.py --model-path "$SAVE_DIR/stage4/checkpoints/checkpoint.pth.tar" \
     --data-dir "$DATA_500" --out "$SAVE_DIR/stage4/checkpoints/checkpoint_batch_norm.pth.tar"

@@ -67,6 +67,10 @@ class TrainingState:
         """Minutes that this run took, including those before it was resumed."""
         return (self.seconds_before + time.monotonic() - self.started) / 60
 
+    def is_done(self):
+        """Whether the last step of the training was made."""
+        return self.step >= self.total_steps
+
     def finish_step(self, values, n_images):
         """Count a step. values: means of [loss, CE, variance term, accuracy, IoU] over its n_images images."""
         self.step += 1
@@ -376,8 +380,7 @@ class Run:
         Without a copy it is saved at most every SAVE_SECONDS, because an epoch on a GPU may take less than a second.
         """
         kept = self.state.epoch % self.opt.train['checkpoint_freq'] == 0
-        ended = self.state.step >= self.state.total_steps
-        if kept or is_best or ended or time.monotonic() - self.last_saved >= SAVE_SECONDS:
+        if kept or is_best or self.state.is_done() or time.monotonic() - self.last_saved >= SAVE_SECONDS:
             self.save_latest(*[f'checkpoint_{self.state.epoch}.pth.tar'] * kept, *['checkpoint_best.pth.tar'] * is_best)
 
     def last_good(self):

@@ -27,7 +27,6 @@ from support.devices import MixedPrecision, Processes, put_on
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA GPU')
 on_both = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_cuda)], indirect=True)
-WEIGHTS = test_script.PRETRAINED / 'FullNet_MultiOrgan.pth.tar'
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +97,7 @@ def losses_of(model, image, target, weight):
 @on_both
 def test_amp_is_near_float32(device):
     """Probabilities within 0.02 with trained weights; the gradient points the same way."""
-    checkpoint = load_checkpoint(WEIGHTS)
+    checkpoint = load_checkpoint(test_script.PRETRAINED / 'FullNet_MultiOrgan.pth.tar')
     model, image, target, weight = (values if isinstance(values, FullNet) else values.to(device)
                                     for values in step_of(dict(drop_rate=0.0), batch=1, size=80))
     model.load_state_dict(checkpoint['state_dict'])
