@@ -19,7 +19,8 @@ os.environ['OMP_NUM_THREADS'] = '1'               # of the programs that tests s
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Whatever a test sets, the next one starts with one thread."""
+def one_thread_and_seed():
+    """Each test starts with one thread, whatever the one before set, and draws the same random networks in any order."""
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
