@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,22 +44,24 @@ def write_versions(data_dir, raw, out):
     """Write the images in all colours. Returns {name: (folder of images, options of test.py)}."""
     images = list_images(data_dir / 'images/val_full')
     versions = {'as they are': (data_dir / 'images/val_full', [])}
-    for name in (*COLOURS, 'raw'):
-        shutil.rmtree(out / name, ignore_errors=True)                     # other images of an earlier call
     for name, change in COLOURS.items():
         for path in images:
-            save_image(out / name / f'{path.stem}.png',
+            save_image(out / 'images' / name / f'{path.stem}.png',
                        (change(read_image(path) / 255) * 255).round().astype(np.uint8))
-        versions[name] = out / name, []
+        versions[name] = out / 'images' / name, []
     if raw:
         tiffs = list_images(raw)
         found = [(path.stem, tiff) for path in images for tiff in tiffs if path.stem.endswith(tiff.stem)]
         if not found:                             # the prepared names begin with the organ
             raise InputError(f'{raw} has none of the images {", ".join(path.stem for path in images)}')
         for name, tiff in found:
-            save_image(out / 'raw' / f'{name}.png', read_image(tiff))
-        versions['raw'] = out / 'raw', []
-        versions['raw, --color-norm True'] = out / 'raw', ['--color-norm', 'True']
+            save_image(out / 'images/raw' / f'{name}.png', read_image(tiff))
+        versions['raw'] = out / 'images/raw', []
+        versions['raw, --color-norm True'] = out / 'images/raw', ['--color-norm', 'True']
+    ours = {path.stem for path in images}
+    others = [path for folder, _ in versions.values() for path in list_images(folder) if path.stem not in ours]
+    if others:                                    # of an earlier call with other data, for example
+        raise InputError(f'{others[0]} is none of the images of {data_dir}; give another OUT')
     return versions
 
 

@@ -50,13 +50,17 @@ def test_the_val_images_are_scored_in_all_colours(words, tmp_path, capsys):
 def test_the_colours(words, tmp_path):
     score_colours.write_versions(tmp_path / 'data', None, tmp_path / 'out')
     image = pixels(tmp_path / 'data/images/val_full' / f'{NAMES[0]}.png').astype(int)
-    made = {name: pixels(tmp_path / 'out' / name / f'{NAMES[0]}.png') for name in score_colours.COLOURS}
+    made = {name: pixels(tmp_path / 'out/images' / name / f'{NAMES[0]}.png') for name in score_colours.COLOURS}
     assert np.abs(made['pale'] - (255 + image) / 2).max() <= 0.5001
     assert np.abs(made['dark'] - 255 * (image / 255) ** 1.7).max() <= 0.5001
     coloured = image.max(2) - image.min(2) > 60                      # where rounding moves the hue little
     for name, degrees in (('red', 18), ('blue', -18)):
         turned = (rgb2hsv(made[name]) - rgb2hsv(image.astype(np.uint8)))[..., 0][coloured] * 360
         assert np.abs((turned - degrees + 180) % 360 - 180).max() < 2
+    save_image(tmp_path / 'out/images/pale/mine.png', image.astype(np.uint8))
+    with pytest.raises(InputError, match='mine.png is none of the images of .*data; give another OUT'):
+        score_colours.write_versions(tmp_path / 'data', None, tmp_path / 'out')
+    assert (tmp_path / 'out/images/pale/mine.png').is_file()
 
 
 def test_a_folder_without_the_raw_images(words, tmp_path):
