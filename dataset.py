@@ -71,7 +71,7 @@ class DataFolder(torch.utils.data.Dataset):
             return Image.fromarray(read_image(path))
         image = open_image(path)
         decode(image, path)
-        if image.mode not in ('L', 'P'):
+        if image.mode != 'L':
             raise InputError(f'{path} has colour mode {image.mode}; expected a weight map of 8-bit grey; run '
                              f'prepare_data.py again')
         return image

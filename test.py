@@ -6,7 +6,6 @@ orientations); `segment_bands` (inside, small components removed, size of the im
 From Python: `from test import segment; instances, probabilities = segment(image, 'checkpoint_best.pth.tar')`.
 """
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +33,7 @@ METRICS = {
     'MultiOrgan': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff', 'AJI'),
     'GlaS': ('pixel_acc', 'recall', 'precision', 'F1', 'Dice', 'IoU', 'Hausdorff'),
 }
-GLAS_HEIGHT = 522        # pixels: the shorter side of most GlaS images, which the transform `scale` is meant for
+GLAS_SIDE = 522          # pixels: the shorter side of most GlaS images
 PRETRAINED = Path(__file__).parent / 'pretrained'            # the weights that come with the code: FullNet_{dataset}
 # mean and standard deviation of the published data sets, for published checkpoints, which carry none
 PUBLISHED_MEAN_STD = {
@@ -54,6 +53,7 @@ def main(argv=None):
     normalizer = find_normalizer(opt, checkpoint)
     mean_std = find_mean_std(opt, checkpoint)
     model = load_model(opt, checkpoint, device)
+    side = trained_side(checkpoint)
 
     # 2. images and labels
     single = Path(test['img_dir']).is_file()
@@ -81,7 +81,7 @@ def main(argv=None):
             truth = read_instance_label(label_path, image.shape[:2], test['binary_labels'], test['max_megapixels'])
         normalized = image if normalizer is None else normalizer.transform(image)
         factor = scale_factor(opt, checkpoint, path)
-        bands = probability_bands(model, opt, mean_std, device, normalized, factor)
+        bands = probability_bands(model, opt, mean_std, device, normalized, factor, side)
         instances, inside, contour = segment_bands(bands, image.shape[:2], opt.post, factor)
         scores = score(instances, truth, opt.dataset) if truth is not None else None
         if test['save_flag']:
@@ -127,7 +127,8 @@ def segment(image, checkpoint, *words):
     model, normalizer = load_model(opt, loaded, device), find_normalizer(opt, loaded)
     normalized = image if normalizer is None else normalizer.transform(image)
     factor = scale_factor(opt, loaded)
-    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, normalized, factor)
+    bands = probability_bands(model, opt, find_mean_std(opt, loaded), device, normalized, factor,
+                              trained_side(loaded))
     probabilities = np.concatenate(list(bands))
     return segment_bands([probabilities], image.shape[:2], opt.post, factor)[0], probabilities
 
@@ -156,7 +157,7 @@ def parse_options(argv=None):
         more += [word for name, value in best.items() if ('post', name) not in opt.given
                  for word in (f'--{name}'.replace('_', '-'), str(value))]
     if more:
-        opt = Options(isTrain=False).parse([*(sys.argv[1:] if argv is None else argv), *more, '--model-path', path])
+        opt.parse([*opt.argv, *more, '--model-path', path])
     take_model_of_checkpoint(opt, checkpoint)
     return opt, checkpoint
 
@@ -251,25 +252,37 @@ def scale_factor(opt, checkpoint, path=None):
     return mpp / trained
 
 
-def probability_bands(model, opt, mean_std, device, image, factor):
+def trained_side(checkpoint):
+    """Shorter side of the training images before the transform `scale`, in pixels: their median."""
+    side = checkpoint.get('shorter_side')
+    return side if isinstance(side, (int, float)) and side > 0 else GLAS_SIDE         # weights from before it was kept
+
+
+def probability_bands(model, opt, mean_std, device, image, factor, side):
     """Yield the probability maps of an image in bands from top to bottom, float32 (rows, W', classes).
 
-    image: uint8 (H, W, 3). factor: `scale_factor`. With patch_size 0 the network sees the whole image at once, in one
-    band; else it sees windows.
+    image: uint8 (H, W, 3). factor: `scale_factor`. side: `trained_side`. With patch_size 0 the network sees the whole
+    image at once, in one band; else it sees windows.
     """
     params, test = dict(opt.transform['test']), opt.test
     if params.pop('normalize', False):
         params['normalize'] = mean_std
     scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
+    shown = min(image.shape[:2])
+    if scale and not test['mpp'] and ('transform.test', 'scale') not in opt.given and not 2 / 3 < shown / side < 3 / 2:
+        note(f'an image with a shorter side of {shown} pixels is scaled to {opt.transform["test"]["scale"]}, as the '
+             f'training images were, which had {side:g}; unless it shows as much tissue as they do, give --mpp (um per '
+             f'pixel)')
     batch_size = test['batch_size'] or windows_at_once(device)
     precision = MixedPrecision(device, test['amp'], testing=True)
 
     def scaled(pixels):
-        if scale is not None and test['mpp']:                            # what the transform does to images of GlaS
-            return resize_by(pixels, factor * opt.transform['test']['scale'] / GLAS_HEIGHT, test['max_megapixels'])
-        pixels = resize_by(pixels, factor, test['max_megapixels'])
-        return pixels if scale is None else np.asarray(scale([Image.fromarray(pixels)])[0])
+        if scale is None:
+            return resize_by(pixels, factor, test['max_megapixels'])
+        if test['mpp']:                                        # what the transform does to images of the training
+            return resize_by(pixels, factor * opt.transform['test']['scale'] / side, test['max_megapixels'])
+        return np.asarray(scale([Image.fromarray(pixels)])[0])
 
     @torch.inference_mode()
     def predict(windows, shape):

@@ -19,6 +19,7 @@ from options import Options
 from support.checkpoints import load_checkpoint, load_mean_std_of_run, load_weights
 from support.devices import (MixedPrecision, Processes, loader_processes, put_on, report_out_of_memory, start_loader,
                              windows_at_once)
+from support.images import shorter_side
 from support.pictures import save_preview
 from support.run_folder import Run, SilentRun, TrainingState, take_options_of_run
 from support.script import InputError, StopRequest, run_script
@@ -44,10 +45,10 @@ class Setup(NamedTuple):
 def main(argv=None):
     # 1. options, the checkpoint to resume from, the processes that torchrun started
     opt = Options(isTrain=True).parse(argv)
-    train = opt.train
-    checkpoint = load_checkpoint(train['checkpoint']) if train['checkpoint'] else None
+    checkpoint = load_checkpoint(opt.train['checkpoint']) if opt.train['checkpoint'] else None
     if checkpoint:
         take_options_of_run(opt, checkpoint)
+    train = opt.train
     processes = Processes(train['gpu'])
     if train['batch_size'] < processes.count:
         raise InputError(f'--batch-size is {train["batch_size"]}, for {processes.count} processes; expected at least '
@@ -81,9 +82,14 @@ def main(argv=None):
     state = TrainingState(model, optimizer, train, len(batches), precision.scaler)
     if checkpoint:
         state.load(checkpoint, opt)
+    if state.is_done() and not state.batch and not state.history:
+        raise InputError(f'{state.epoch} epochs count as done, and --epochs is {train["num_epochs"]}: nothing is left '
+                         f'to train; give more --epochs')
 
     # 4. run folder and logs
-    run = Run(state, opt, mean_std) if processes.rank == 0 else SilentRun()
+    run = SilentRun()
+    if processes.rank == 0:
+        run = Run(state, opt, mean_std, shorter_side(path for path, *_ in train_set.items))
     log.info(opt.describe())
     run.save_info(train_set, val_set)
     log.info(f'{len(train_set)} training and {len(val_set)} validation images; {opt.model["name"]} with '
@@ -212,7 +218,7 @@ def validate(setup, model, loader):
             pictures.append((image[0].cpu(), target[0].cpu(), logits[0].softmax(0).cpu()))
         run.save_if_due()                                            # a resume repeats the whole validation
         stop.check(run.save_before_stop)
-    sums = torch.stack(results).double().sum(0).tolist() if results else [0.0] * 3
+    sums = torch.stack(results).cpu().double().sum(0).tolist() if results else [0.0] * 3
     return [value / n_images for value in processes.sums(sums)], pictures
 
 

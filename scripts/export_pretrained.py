@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.checkpoints import load_checkpoint, load_mean_std_of_run, save_checkpoint  # noqa: E402
 from support.files import sha256_of  # noqa: E402
-from support.images import list_images, read_image  # noqa: E402
+from support.images import list_images, read_image, shorter_side  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 
 PRIVATE = ('data_dir', 'save_dir', 'checkpoint', 'init_from')            # paths of the machine that trained
@@ -108,18 +108,20 @@ def main(argv=None):
     if args.raw and 'raw_state_dict' not in checkpoint:
         raise InputError(f'{path} has no averaged weights beside the raw ones, as it was trained without --ema-decay; '
                          f'leave out --raw')
+    if args.out.exists() and args.out.samefile(path):
+        raise InputError(f'--out is {args.out}, the checkpoint itself; expected another name')
     info = json.loads((args.run / 'run_info.json').read_text())
     load_mean_std_of_run(args.data_dir, checkpoint, path)
     weights = {key: value.float() if value.is_floating_point() else value
                for key, value in checkpoint['raw_state_dict' if args.raw else 'state_dict'].items()}
-    stages = stages_of(path)
+    stages, images = stages_of(path), list_images(args.data_dir / 'images' / 'train')
     best = {'best_post': scores_of(args.best, weights)['post']} if args.best else {}
     save_checkpoint(args.out, {
         'epoch': checkpoint['epoch'], 'state_dict': weights, 'mean_std': checkpoint['mean_std'],
         'best_iou': float(checkpoint['best_iou']), 'optimizer': {}, 'licence': args.licence,
         'options': {'dataset': checkpoint['options']['dataset'], 'model': checkpoint['options']['model'],
                     'train': stages[-1]['train'], 'transform': stages[-1]['transform']},
-        'lab': lab_statistics(list_images(args.data_dir / 'images' / 'train')),
+        'lab': lab_statistics(images), 'shorter_side': shorter_side(images),
         'data_sha256': data_fingerprint(info), 'commit': info['commit'], 'packages': info['packages'],
         'batch_norm_crops': checkpoint.get('batch_norm_crops', 0),         # 0: the statistics of the training
         'stages': stages, 'steps': sum(stage['steps'] for stage in stages),

@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -151,7 +152,8 @@ class CommandLine:
 
     script: train, test or prepare. dataset_option: the Option of the data set, whose flags are `dataset_flags`.
     groups: {group: {name: Option}}. transforms: {split: by_dataset of {name: value}}. After `parse`, `given` is the set
-    of (group, name) that the command line set; the group of a transform is `transform.train`, for example.
+    of (group, name) that the command line set; the group of a transform is `transform.train`, for example. `argv` are
+    its words.
     """
 
     def __init__(self, script, dataset_option, groups, transforms, dataset_flags=('--dataset',)):
@@ -168,6 +170,7 @@ class CommandLine:
 
         Raises InputError for unknown options and values that are not allowed.
         """
+        self.argv = sys.argv[1:] if argv is None else list(argv)
         first = Parser(add_help=False, prog=self.program, allow_abbrev=False)
         first.add_argument(*self.dataset_flags, dest='dataset', choices=by_dataset._fields)
         dataset = first.parse_known_args(argv)[0].dataset

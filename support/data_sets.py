@@ -95,8 +95,11 @@ def find_fullnet_files(raw_dir):
     return [Source(name, part, images[name], labels[name]) for part, group in split.items() for name in group]
 
 
-def _read_split(path, allowed):
-    """Read {split: [names]} from a JSON file. allowed: names of splits, train and val first. Raises InputError."""
+def _read_split(path, allowed, name_of=str):
+    """Read {split: [names]} from a JSON file. allowed: names of splits, train and val first. Raises InputError.
+
+    name_of: gives the names that are returned. No two names of the file may be the same then.
+    """
     expected = f'expected a JSON object of lists of names: train, val and, if there are, {", ".join(allowed[2:])}'
     try:
         split = read_json(path)
@@ -109,6 +112,8 @@ def _read_split(path, allowed):
         raise InputError(f'{path}: each name must be a file name without extension; {expected}')
     if not set(split) <= set(allowed) or not split.get('train') or not split.get('val'):
         raise InputError(f'{path} has {", ".join(split) or "nothing"}; {expected}')
+    split = {part: [name_of(name) for name in group] for part, group in split.items()}
+    names = [name for group in split.values() for name in group]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise InputError(f'{path} names {", ".join(repeated[:5])} more than once; an image belongs to one split')
@@ -119,8 +124,8 @@ def find_monuseg(raw_dir, anchor='auto', others=''):
     """The Sources of MoNuSeg as distributed: .tif images and .xml annotations at any depth, named without the organ.
 
     The published split is found by the names. Images outside it go to the split `others`; without one they are not
-    used, with a note. Raises InputError if an image has no annotation, unless it is the colour anchor, or an annotation
-    has no image.
+    used, with a note. Raises InputError if an image that is used has no annotation, or an annotation no image. The
+    colour anchor of the published split needs none.
     """
     anchor = PUBLISHED_ANCHOR if anchor == 'auto' else anchor
     images = _by_stem(_files_below(raw_dir), ('.tif', '.tiff'), raw_dir)
@@ -203,8 +208,8 @@ def find_own_data(dataset, img_dir, label_dir, split_path, fractions, seed):
     files = {image.stem: (image, label) for image, label in zip(images, labels)}
     if split_path:
         stems = {composed(form): image.stem for image in images for form in (image.name, image.stem)}
-        split = {part: [stems.get(composed(name), name) for name in names] for part, names
-                 in _read_split(Path(split_path), ('train', 'val', 'test', *test_sets)).items()}
+        split = _read_split(Path(split_path), ('train', 'val', 'test', *test_sets),
+                            lambda name: stems.get(composed(name), name))
         missing = [name for group in split.values() for name in group if name not in files]
         if missing:
             raise InputError(missing_files_message(f'images named in {split_path} are', missing, img_dir))
@@ -350,6 +355,8 @@ def refuse_data_dir(options):
     """Raise InputError if data_dir would overwrite the raw data, or holds files that no preparation made."""
     data_dir = Path(options['data_dir'])
     for name in ('img_dir', 'label_dir') if options['img_dir'] else ('raw_dir',):
+        if not options[name]:                                            # find_sources says so
+            continue
         raw, flag = Path(options[name]).resolve(), '--' + name.replace('_', '-')
         if raw == data_dir.resolve() or raw in data_dir.resolve().parents or data_dir.resolve() in raw.parents:
             raise InputError(f'the prepared data would replace the raw data: --data-dir {data_dir}, {flag} '

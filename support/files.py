@@ -174,7 +174,7 @@ def run_of(checkpoint):
 
 def results_folder(checkpoint, dataset):
     """Default folder for the results of a checkpoint: `best` (or its epoch) in its run folder, else in experiments/."""
-    run, name = run_of(checkpoint), Path(checkpoint).name.split('.')[0]
+    run, name = run_of(checkpoint), Path(Path(checkpoint).name.removesuffix('.tar')).stem
     return f'{run}/{name.removeprefix("checkpoint_")}' if run else f'./experiments/{dataset}/{name}'
 
 

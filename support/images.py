@@ -20,6 +20,7 @@ from skimage import measure
 from support.script import InputError, check_name, note
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff')
+FORMATS = ('PNG', 'JPEG', 'BMP', 'PPM', 'TIFF')        # Pillow knows more, and starts Ghostscript for one of them
 LABEL_ENDINGS = ('', '_label', '_anno', '_labels', '_mask', '_masks', '_cp_masks', '-labelled', '_GT')   # behind a name
 GEOJSON_EXTENSIONS = ('.geojson', '.json', '.gz')
 LABEL_EXTENSIONS = ('.png', '.bmp', '.tif', '.tiff', '.npy', '.mat')
@@ -110,6 +111,15 @@ def missing_files_message(kind, missing, folder):
     return f'{len(missing)} {kind} missing in {folder}: {names}'
 
 
+def shorter_side(paths):
+    """Median of the shorter sides of images, in pixels, float. Only headers are read."""
+    sides = []
+    for path in paths:
+        with open_image(path) as image:
+            sides.append(min(image.size))
+    return float(np.median(sides))
+
+
 def open_image(path, max_megapixels=MAX_MEGAPIXELS):
     """Open an image file with Pillow and check its size. Only the header is read; the pixels are not decoded.
 
@@ -127,7 +137,7 @@ def open_image(path, max_megapixels=MAX_MEGAPIXELS):
     if path.suffix.lower() in WHOLE_SLIDE_EXTENSIONS:
         raise InputError(f'{path}: {WHOLE_SLIDE}')
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
     except (Image.UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error) as error:
         if isinstance(error, PermissionError):
             raise InputError(f'cannot read {path}: permission denied') from error
@@ -402,9 +412,9 @@ def read_instance_label(path, image_shape=None, binary_labels=False, max_megapix
             raise InputError(f'{path} holds fractional or non-finite values; expected integer ids')
     elif label.dtype.kind not in 'iub':
         raise InputError(f'{path} holds {label.dtype} values; expected integer ids')
-    if label.size and label.min() < 0:
+    if label.min() < 0:
         raise InputError(f'{path} holds negative ids; expected 0 = background and positive ids')
-    if label.size and int(label.max()) > np.iinfo(np.int32).max:            # as int: float32 2 ** 31 would pass
+    if int(label.max()) > np.iinfo(np.int32).max:            # as int: float32 2 ** 31 would pass
         raise InputError(f'{path} holds ids above {np.iinfo(np.int32).max}')
     label = label.astype(np.int32)
     if image_shape is not None and label.shape != tuple(image_shape):
@@ -593,6 +603,10 @@ def labels_by_name(folder):
     return labels
 
 
+# um in a unit of length, by its names in OME and ImageJ metadata; two characters look like the Greek letter
+UM = {**dict.fromkeys(('um', 'micron', '\\u00B5m', '\u00b5m', '\u03bcm'), 1), 'nm': 1e-3, 'mm': 1e3, 'cm': 1e4}
+
+
 def pixel_size(path):
     """The pixel size of a TIFF in um, from its OME metadata or its resolution. Raises InputError if it has none.
 
@@ -605,12 +619,12 @@ def pixel_size(path):
             ome = re.search(r'PhysicalSizeX="([^"]+)"', file.ome_metadata or '')
             if ome:
                 unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', file.ome_metadata)
-                size = float(ome[1]) * {'nm': 1e-3, 'mm': 1e3}.get(unit[1] if unit else 'um', 1)
+                size = float(ome[1]) * (UM[unit[1]] if unit else 1)
             elif 'XResolution' in tags:
                 pixels, units = tags['XResolution'].value
                 unit = int(tags['ResolutionUnit'].value) if 'ResolutionUnit' in tags else 2           # inch
                 imagej = (file.imagej_metadata or {}).get('unit')                                     # in place of 1
-                um = {2: 25_400, 3: 10_000}.get(unit) or {'um': 1, 'micron': 1, '\\u00B5m': 1, 'µm': 1}[imagej]
+                um = {2: 25_400, 3: 10_000}.get(unit) or UM[imagej]
                 size = um * units / pixels
     except (tifffile.TiffFileError, KeyError, ValueError, ZeroDivisionError, OSError):
         pass

@@ -180,7 +180,8 @@ def take_options_of_run(opt, checkpoint):
         return
     if ('', 'dataset') in opt.given and opt.dataset != stored['dataset']:
         refuse_change('dataset', opt.dataset, stored['dataset'], path)
-    opt.dataset = stored['dataset']
+    if opt.dataset != stored['dataset']:               # with the defaults of that data set
+        opt.parse([*opt.argv, '--dataset', stored['dataset']])
     changeable = CHANGEABLE if stored['train']['lr_schedule'] == 'none' else CHANGEABLE - {'num_epochs'}
     groups = [('model', opt.model), ('train', opt.train), *((f'transform.{k}', v) for k, v in opt.transform.items())]
     for group, values in groups:
@@ -226,11 +227,12 @@ def refuse_change(name, value, before, path):
 class Run:
     """The run folder, and everything that training writes there. A context manager that unlocks the folder at the end.
 
+    shorter_side: of the training images, in pixels, for the size of images in testing after the transform `scale`.
     Raises InputError if the folder holds another run, or if another process writes there.
     """
 
-    def __init__(self, state, opt, mean_std):
-        self.state, self.opt, self.mean_std = state, opt, mean_std
+    def __init__(self, state, opt, mean_std, shorter_side):
+        self.state, self.opt, self.mean_std, self.shorter_side = state, opt, mean_std, shorter_side
         self.lock = FolderLock(opt.train['save_dir'])
         folder = Path(opt.train['save_dir'])
         run = run_of(opt.train['checkpoint'])
@@ -241,6 +243,10 @@ class Run:
                 raise InputError(f'{folder} is not empty; resume the run in it with --checkpoint-path '
                                  f'{folder}/checkpoints/checkpoint.pth.tar, choose another --save-dir, or replace the '
                                  f'run with --overwrite True')
+            if folder.resolve() in Path(opt.train['init_from'] or '/').resolve().parents:
+                self.lock.release()
+                raise InputError(f'--overwrite True would delete {opt.train["init_from"]}, from which this run starts; '
+                                 f'give another --save-dir')
             for name in RUN_FILES:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -353,16 +359,14 @@ class Run:
         """
         self.check_folder()
         checkpoint = self.state.as_checkpoint()
-        checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist()}
+        checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist(),
+                       'shorter_side': self.shorter_side}
         if not torch.stack([value.isfinite().all() for value in checkpoint['state_dict'].values()]).all():
             raise InputError(f'the weights are no longer finite after {self.state.epoch} epochs and {self.state.batch} '
                              f'steps; {self.last_good()}; try a lower --lr, or --clip-grad 1')
         try:
-            first, *others = [self.checkpoints / name for name in copies] + [self.latest]
-            save_checkpoint(first, checkpoint)
-            for path in others:
-                with atomic_path(path) as temporary:
-                    shutil.copyfile(first, temporary)
+            for name in (*copies, self.latest.name):
+                save_checkpoint(self.checkpoints / name, checkpoint)
         except OSError as error:
             self.check_folder()
             raise InputError(f'cannot save {self.latest}: {error.strerror}; {self.last_good()}; make room, then resume '

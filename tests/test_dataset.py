@@ -178,6 +178,7 @@ def first_part(share):
     ('a.jpg', first_part(0.9), 'a.jpg is damaged or truncated'),
     ('a.tif', first_part(0.9), 'a.tif is damaged or truncated'),
     ('a.png', lambda p: p.write_text('hello'), 'a.png is not an image that can be read.*; expected one of .jpg'),
+    ('a.png', lambda p: Image.fromarray(PIXELS).save(p, 'EPS'), 'a.png is not an image that'),
     ('a.png', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
     ('a.tif', lambda p: Image.fromarray(PIXELS[..., 0] > 99).save(p), 'is a 1-bit image'),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.int32)), 'has colour mode I; expected 8-bit RGB'),

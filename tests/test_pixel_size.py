@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from miniature import SMALL, make_glas, make_multi_organ, nuclei
 from PIL import Image
 
@@ -70,17 +71,33 @@ def test_pixel_size_of_tiffs(tmp_path):
     tifffile.imwrite(tmp_path / 'imagej.tif', IMAGE, imagej=True, resolution=(4, 4), metadata={'unit': 'um'})
     ome = {'axes': 'YXS', 'PhysicalSizeX': 500, 'PhysicalSizeXUnit': 'nm'}
     tifffile.imwrite(tmp_path / 'x.ome.tif', IMAGE, metadata=ome)
-    sizes = [pixel_size(tmp_path / name) for name in ('inch.tif', 'imagej.tif', 'x.ome.tif')]
-    assert sizes == pytest.approx([0.23, 0.25, 0.5], rel=1e-4)
+    tifffile.imwrite(tmp_path / 'mu.ome.tif', IMAGE, metadata=ome | {'PhysicalSizeX': 0.5, 'PhysicalSizeXUnit': 'µm'})
+    sizes = [pixel_size(tmp_path / name) for name in ('inch.tif', 'imagej.tif', 'x.ome.tif', 'mu.ome.tif')]
+    assert sizes == pytest.approx([0.23, 0.25, 0.5, 0.5], rel=1e-4)
 
 
 def test_glands_are_scaled_by_their_pixel_size_instead_of_their_shorter_side(tmp_path, weights):
-    """208 stands for 522 pixels of 0.62 um: a strip of a gland image is not enlarged to 208."""
+    """208 stands for the shorter side of the training images, 48 pixels of 0.62 um; of earlier weights for 522."""
     Image.fromarray(np.tile(IMAGE, (3, 3, 1))).save(tmp_path / 'a.png')                       # 180 x 240
-    for mpp in (0.62, 1.24):
-        instances, inside = result(weights['GlaS'], tmp_path / 'a.png', '--mpp', str(mpp))
-        assert inside.shape == tuple(round(side * mpp / 0.62 * 208 / 522) for side in (180, 240))
+    earlier = load_checkpoint(weights['GlaS'])
+    assert earlier.pop('shorter_side') == 48
+    torch.save(earlier, tmp_path / 'earlier.pth.tar')
+    for path, mpp, trained in ((tmp_path / 'earlier.pth.tar', 0.62, 522), (tmp_path / 'earlier.pth.tar', 1.24, 522),
+                               (weights['GlaS'], 0.155, 48)):
+        instances, inside = result(path, tmp_path / 'a.png', '--mpp', str(mpp))
+        assert inside.shape == tuple(round(side * mpp / 0.62 * 208 / trained) for side in (180, 240))
         assert instances.shape == (180, 240)
+
+
+def test_gland_images_of_another_size_are_noted(tmp_path, weights, recwarn):
+    """The published scaling to one size is right only for images that show as much tissue as the training images."""
+    Image.fromarray(np.tile(IMAGE, (3, 3, 1))).save(tmp_path / 'large.png')                   # 180 x 240
+    Image.fromarray(IMAGE).save(tmp_path / 'usual.png')                                       # 60 x 80
+    result(weights['GlaS'], tmp_path / 'usual.png', '--patch-size', '208')
+    result(weights['GlaS'], tmp_path / 'large.png', '--transform.test.scale', '50')
+    assert not [warning for warning in recwarn.list if 'shorter side' in str(warning.message)]
+    with pytest.warns(UserWarning, match='side of 180 pixels is scaled to 208, .* had 48; .* give --mpp'):
+        result(weights['GlaS'], tmp_path / 'large.png')
 
 
 def test_what_does_not_say_its_pixel_size_is_refused(tmp_path, weights):
@@ -88,13 +105,17 @@ def test_what_does_not_say_its_pixel_size_is_refused(tmp_path, weights):
     with_resolution(tmp_path / 'b.tif', 25_400 / 72)
     (tmp_path / 'c').mkdir()
     tifffile.imwrite(tmp_path / 'c/c.tif', IMAGE)
+    ome = {'axes': 'YXS', 'PhysicalSizeX': 1, 'PhysicalSizeXUnit': 'pixel'}                             # not calibrated
+    tifffile.imwrite(tmp_path / 'd.ome.tif', IMAGE, metadata=ome)
     ours, golden = weights['MultiOrgan'], str(GOLDEN / 'tiny_checkpoint.pth.tar')
     for path, model, words, message in (
             ('a.png', ours, '--mpp auto', 'a.png does not say its pixel size; .* --mpp a number'),
             ('b.tif', ours, '--mpp auto', 'b.tif says that a pixel is 352.8 um; expected 0.05 to 4'),
             ('c/c.tif', ours, '--mpp auto', 'c.tif does not say its pixel size'),                      # 1, of no unit
+            ('d.ome.tif', ours, '--mpp auto', 'd.ome.tif does not say its pixel size'),
             ('a.png', golden, '--mpp 0.5 --n-layers 4 --growth-rate 8', 'tiny_.* does not say the pixel size of its'),
             ('a.png', ours, '--mpp 0.5 --scale-factor 2', '--mpp and --scale-factor both say'),
+            ('a.png', weights['GlaS'], '--scale-factor 2', '--scale-factor is 2, but .* 208 pixels; give --mpp'),
             ('a.png', ours, '--mpp 0', "--mpp is '0'; expected a number of um above 0, or auto")):
         with pytest.raises(InputError, match=message):
             result(model, tmp_path / path, *words.split())

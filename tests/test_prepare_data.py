@@ -590,6 +590,12 @@ def test_own_data_of_every_kind(own, tmp_path, like, ending):
     assert len(train.load_data(opt, 'train', np.load(tmp_path / 'out/mean_std.npy'))) == (3 if ending else 12)
 
 
+def test_an_image_is_in_one_split_however_it_is_written(own, tmp_path):
+    (tmp_path / 'split.json').write_text('{"train": ["case 1", "case 2"], "val": ["case 1.png"]}')
+    with pytest.raises(InputError, match='split.json names case 1 more than once; an image belongs to one split'):
+        prepare_own(own[0], tmp_path / 'out', '--split', str(tmp_path / 'split.json'))
+
+
 def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):
     prepare_own(own[0], tmp_path / 'out', '--like', 'GlaS', '--fractions', '0.5', '0.2', '0.3', '--seed', '4',
                 '--anchor', 'case 3')
@@ -608,7 +614,8 @@ def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):
     (['--anchor', 'Breast_A'], ' holds images whose colours are normalised already; leave --anchor out'),
     (['--others', 'train'], ' has a split of its own, split.json; leave --others out'),
 ])
-def test_options_that_do_not_go_with_the_data_are_refused(fullnet_master, tmp_path, words, message):
+def test_options_that_do_not_go_with_the_data_are_refused(fullnet_master, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)                                # the folder of the results is below the current one
     with pytest.raises(InputError, match=message):
         prepare_nuclei(fullnet_master, tmp_path / 'out', *words)
 

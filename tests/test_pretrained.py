@@ -108,6 +108,9 @@ def test_what_is_not_exported(made, tmp_path):
         export_pretrained.main(['--run', str(made / 'stage2'), *arguments, '--scores', str(made / 'stage1')])
     with pytest.raises(InputError, match='trained without --ema-decay; leave out --raw'):
         export_pretrained.main(['--run', str(made / 'stage1'), *arguments, '--raw'])
+    best = made / 'stage1/checkpoints/checkpoint_best.pth.tar'
+    with pytest.raises(InputError, match='the checkpoint itself; expected another name'):
+        export_pretrained.main(['--run', str(made / 'stage1'), '--data-dir', str(made / 'data'), '--out', str(best)])
     assert not (tmp_path / 'w.pth.tar').exists()
 
 

@@ -219,7 +219,12 @@ def test_start_epoch_epochs_checkpoint_freq_val_every_log_interval_and_alpha_0(d
 def test_checkpoint_minutes(data, tmp_path, monkeypatch):
     saved = []
     save = run_folder.save_checkpoint
-    monkeypatch.setattr(run_folder, 'save_checkpoint', lambda path, c: (saved.append(c['batch']), save(path, c)))
+
+    def count(path, checkpoint):
+        save(path, checkpoint)
+        if path.name == 'checkpoint.pth.tar':
+            saved.append(checkpoint['batch'])
+    monkeypatch.setattr(run_folder, 'save_checkpoint', count)
     run(data, tmp_path / 'a')
     assert saved == [0]
     run(data, tmp_path / 'b', '--checkpoint-minutes', '0')
@@ -450,6 +455,26 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
 
     with pytest.raises(InputError, match='--init-from and --checkpoint-path both give weights'):
         train.main([*words, '--init-from', str(latest(base[2]))])
+    done = ['--checkpoint-path', str(tmp_path / 'published.pth.tar'), '--save-dir', str(tmp_path / 'new')]
+    with pytest.raises(InputError, match='1 epochs count as done, and --epochs is 1: nothing is left to train'):
+        train.main([*SMALL, '--data-dir', str(data), *done, '--epochs', '1'])
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_checkpoint_of_glands_elsewhere_is_resumed_among_the_runs_of_glands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, '--dataset', 'GlaS', '--data-dir', str(make_glas(tmp_path / 'data')), '--save-dir', 'run',
+                '--transform.train.scale', '60'])
+    shutil.move('run/checkpoints/checkpoint.pth.tar', 'mine.pth.tar')
+    train.main(['--checkpoint-path', 'mine.pth.tar', '--epochs', '2'])
+    assert [path.parent.parent.name for path in Path('experiments').glob('*/1/checkpoints')] == ['GlaS']
+
+
+def test_a_run_does_not_delete_the_weights_it_starts_from(base, data, tmp_path):
+    shutil.copytree(base[2], tmp_path / 'run')
+    with pytest.raises(InputError, match='--overwrite True would delete .*checkpoint.pth.tar, from which this run'):
+        run(data, tmp_path / 'run', '--init-from', str(latest(tmp_path / 'run')), '--overwrite', 'True')
+    assert latest(tmp_path / 'run').is_file()
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path):
