@@ -95,8 +95,8 @@ class Stages(nn.Sequential):
 
     mode: 'plain' runs the modules as they are written above. 'fast' runs each dense block with its transition on the
     CPU by support/cpu_stage.py, with the same results up to rounding. 'auto' chooses 'fast' on the CPU for images of
-    80 x 80 pixels or more and a growth_rate of 16 or more. memory_efficient, amp: for the fast mode only
-    (support/cpu_stage.py: run); on a GPU torch.autocast does amp.
+    80 x 80 pixels or more if the growth_rate is 16 or more, or memory_efficient or amp is set. These two are for the
+    fast mode only (support/cpu_stage.py: run); on a GPU torch.autocast does amp.
     """
 
     mode = 'auto'

@@ -39,6 +39,9 @@ RECIPE = ['--n-layers', '4', '--growth-rate', '8', '--batch-size', '4', '--lr', 
           '--workers', '1']
 SCORES = {'AJI': 'published_AJI', 'Dice': 'published_Dice', 'F1': 'published_F1', 'aji': 'aji', 'pq': 'pq'}
 BUDGETS = ('equal steps', 'equal minutes')
+# options of train.py that the arms and their budgets decide
+OURS = ('--name', '--alpha', '--use-weight-map', '--seed', '--epochs', '--num-epochs', '--val-every', '--max-minutes',
+        '--save-dir', '--overwrite', '--checkpoint-path', '--checkpoint', '--dataset')
 running = []                                    # processes of train.py and test.py
 
 
@@ -67,22 +70,28 @@ def main(argv=None):
         raise InputError(f'--minutes is {args.minutes:g} and --jobs {args.jobs}; expected more than 0 and at least 1')
     list_images(args.data_dir / 'images' / 'val_full')
     words = [*RECIPE, '--data-dir', str(args.data_dir), *rest]
+    ours = [word for word in rest if word.split('=')[0] in OURS]
+    if ours:
+        raise InputError(f'{ours[0]} is set by this script, for each arm; leave it out')
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    epochs = budgets(args.out, args.minutes, words, threads, len(list_images(args.data_dir / 'images' / 'train')))
-    jobs = [Job(arm, seed, n) for seed in args.seeds for arm in args.arms for n in sorted(set(epochs_of(arm, epochs)))]
-    print(f'{len(jobs)} trainings, {args.jobs} at a time with {threads} threads each; results in {args.out}')
-    with ThreadPoolExecutor(args.jobs) as pool:
+    n_images, pool = len(list_images(args.data_dir / 'images' / 'train')), ThreadPoolExecutor(args.jobs)
+    try:
+        epochs = budgets(args.out, args.minutes, words, threads, n_images)
+        jobs = [Job(arm, seed, n) for seed in args.seeds for arm in args.arms
+                for n in sorted(set(epochs_of(arm, epochs)))]
+        print(f'{len(jobs)} trainings, {args.jobs} at a time with {threads} threads each; results in {args.out}')
         futures = [pool.submit(finished, job, args.out, words, args.data_dir, threads) for job in jobs]
-        try:
-            if wait(futures, return_when=FIRST_EXCEPTION).not_done:
-                pool.shutdown(wait=False, cancel_futures=True)
-                print('a training failed; those that run end first', file=sys.stderr)
-        except (KeyboardInterrupt, SystemExit):                              # Ctrl-C, SIGTERM
+        if wait(futures, return_when=FIRST_EXCEPTION).not_done:
             pool.shutdown(wait=False, cancel_futures=True)
-            print('the trainings that run save a checkpoint and end', file=sys.stderr)
-            for process in running:
-                process.terminate()
-            raise
+            print('a training failed; those that run end first', file=sys.stderr)
+            wait(futures)
+    except (KeyboardInterrupt, SystemExit):                                  # Ctrl-C, SIGTERM
+        pool.shutdown(wait=False, cancel_futures=True)
+        print('the trainings that run save a checkpoint and end', file=sys.stderr)
+        for process in list(running):
+            process.terminate()
+            process.wait()
+        raise
     scores = dict(zip(jobs, (future.result() for future in futures)))
     text = report(scores, args.arms, args.seeds, epochs)
     write_text(args.out / 'ablation.md', text)

@@ -649,6 +649,8 @@ def main(argv=None):
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--mode', choices=MODES, default='fast', help='for one_step, which memory calls')
     args = parser.parse_args(argv)
+    if args.threads < 1 or args.repeats < 1:
+        raise InputError(f'--threads is {args.threads} and --repeats {args.repeats}; expected at least 1 of each')
     torch.set_num_threads(args.threads)
     if args.what == 'one_step':                                  # called by memory
         return one_step(args)

@@ -15,7 +15,8 @@ from skimage.filters import threshold_otsu
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_data import ternary_label  # noqa: E402
 from support.files import atomic_path  # noqa: E402
-from support.images import find_labels, list_images, read_image, read_instance_label  # noqa: E402
+from support.images import (decode, find_labels, list_images, open_image, read_image,  # noqa: E402
+                            read_instance_label)
 from support.pictures import HIT, draw_contours  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 from utils import nuclei_accuracy_object_level, post_process  # noqa: E402
@@ -82,6 +83,8 @@ def main(argv=None):
 
     network = network_scores(results / 'test_same_test_result.txt')
     otsu = otsu_scores(list_images(images), labels)
+    if otsu.keys() != network.keys():
+        raise InputError(f'{results} has not the scores of the images in {images}; run test.py again')
     print(f'{"":20} {"Otsu":>24} {"network":>24}')
     print(f'{"image":20}' + f' {"AJI":>8}{"Dice":>8}{"F1":>8}' * 2)
     for name, scores in otsu.items():
@@ -92,8 +95,8 @@ def main(argv=None):
           f"difference {network['Average']['AJI'] - otsu['Average'][0]:+.4f}")
 
     name = list_images(images)[0].stem
-    maps = [np.asarray(Image.open(results / 'test_same_prob_maps' / f'{name}_prob_{kind}.png'))
-            for kind in ('inside', 'contour')]
+    paths = [results / 'test_same_prob_maps' / f'{name}_prob_{kind}.png' for kind in ('inside', 'contour')]
+    maps = [decode(open_image(path), path) for path in paths]
     draw_overview(args.out, read_image(images / f'{name}.png'), read_instance_label(labels / f'{name}.png'), *maps,
                   read_instance_label(results / 'test_same_segmentation' / f'{name}_seg.tiff'),
                   f"{name}: AJI {network[name]['AJI']:.3f}, Otsu's threshold {otsu[name][0]:.3f}")

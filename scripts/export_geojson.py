@@ -241,8 +241,8 @@ def main(argv=None):
         name = path.name.removesuffix(LABEL_ENDING)
         source = path.with_name(name + TABLE_ENDING)
         table = read_measurements(source) if source.exists() else None
-        collection = features(read_instance_label(path), name, args.class_name, table, source, args.offset,
-                              args.downsample)
+        label = read_instance_label(path, max_megapixels=math.inf)
+        collection = features(label, name, args.class_name, table, source, args.offset, args.downsample)
         count += write_geojson(out / f'{name}.geojson{".gz" * args.gzip}', collection)
     print(f'{count} objects of {len(files)} labels written to {out}')
 

@@ -17,7 +17,6 @@ Because nuclei touch, some are pale and some dark things are not nuclei, Otsu's 
 """
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -260,11 +259,15 @@ def make_gland_image(rng, size):
 
 def clear_earlier_output(out):
     """Remove the demo images and labels in the folder `out`; raises InputError if anything else is there."""
+    patterns = ('normalized/demo_*.png', 'labels_instance/demo_*_label.png', 'normalized/.tmp_*',
+                'labels_instance/.tmp_*', '.tmp_*')
+    ours = [path for pattern in patterns for path in out.glob(pattern)]
+    ours += [out / 'split.json'] if ours else []
     for path in sorted(out.rglob('*')):
-        if not path.is_dir() and path.name != 'split.json' and not path.name.startswith(('demo_', '.tmp_')):
+        if not path.is_dir() and path not in ours:
             raise InputError(f'{path} was not made by this script; name an empty or new folder instead of {out}')
-    if out.is_dir():
-        shutil.rmtree(out)
+    for path in ours:
+        path.unlink(missing_ok=True)
 
 
 def make_data_set(out, counts, size, seed):

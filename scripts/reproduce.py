@@ -54,8 +54,8 @@ NOTE = 'Means over images of the published scores; dice is that of the foregroun
 LICENCE = {'MultiOrgan': 'CC BY-NC-SA 4.0, the licence of the MoNuSeg images (Kumar et al., IEEE TMI 2017)', 'GlaS': ''}
 
 
-class TimeIsUp(Exception):
-    """MINUTES are over."""
+class TimeIsUp(BaseException):
+    """MINUTES are over. No Exception, which the readers of files would take for a damaged file."""
 
 
 def main(argv=None):
@@ -79,7 +79,7 @@ def main(argv=None):
     asked = Options().parse(words).train
     data_dir, save_dir = Path(asked['data_dir']), Path(asked['save_dir'])
     latest = save_dir / 'checkpoints' / 'checkpoint.pth.tar'
-    gpu = 'auto' if asked['gpu'] == 'auto' else ','.join(map(str, asked['gpu'])) or 'cpu'
+    gpu = 'auto' if asked['gpu'] == 'auto' else ','.join([*map(str, asked['gpu']), '']) or 'cpu'
     if args.minutes and latest.is_file() and not load_checkpoint(latest).get('options', {}).get(
             'train', {}).get('max_minutes'):
         raise InputError(f'the run in {save_dir} was started without MINUTES, which its training cannot be given now; '

@@ -15,17 +15,17 @@ published AJI, MoNuSeg's aji, pq, dice; for glands published Dice, F1 and Hausdo
 The classes come from two 8-bit maps: background is what inside and contour leave of 255, exact up to rounding.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options import Options  # noqa: E402
 from support.files import write_text  # noqa: E402
-from support.images import find_labels, read_instance_label  # noqa: E402
+from support.images import decode, find_labels, open_image, read_instance_label  # noqa: E402
 from support.objects import overlap_table  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 from utils import gland_scores_of, post_process, remove_small_components, standard_metrics_of  # noqa: E402
@@ -99,19 +99,20 @@ class Study:
             best = step
 
 
-def read_data_set(path):
-    """The data set in a test_options.json. Raises InputError if the images were scaled for the network."""
+def read_options(path):
+    """(data set, binary_labels) of a test_options.json. Raises InputError if the images were scaled for the network."""
     try:
         options = json.loads(path.read_text(encoding='utf-8'))
-        dataset, scaled = options['dataset'], options['test']['scale_factor'] != 1 or options['test']['mpp']
+        test, dataset = options['test'], options['dataset']
+        scaled, binary_labels = test['scale_factor'] != 1 or test['mpp'], test['binary_labels']
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f'{path} is missing or damaged ({error!r}); expected the save_dir of test.py') from error
     if scaled:
         raise InputError(f'{path.parent} was made with --scale-factor or --mpp; run test.py without them')
-    return dataset
+    return dataset, binary_labels
 
 
-def read_maps(results, set_name, label_dir, dataset):
+def read_maps(results, set_name, label_dir, dataset, binary_labels=False):
     """{name: (inside, contour, truth)} of all images of a set: maps, uint8 (H, W), and instance labels."""
     folder = results / f'{set_name}_prob_maps'
     insides = sorted(folder.glob('*_prob_inside.png'))
@@ -120,8 +121,9 @@ def read_maps(results, set_name, label_dir, dataset):
     names = [path.name.removesuffix('_prob_inside.png') for path in insides]
     images = {}
     for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
-        inside, contour = (np.array(Image.open(folder / f'{name}_prob_{kind}.png')) for kind in ('inside', 'contour'))
-        truth = read_instance_label(label)
+        paths = [folder / f'{name}_prob_{kind}.png' for kind in ('inside', 'contour')]
+        inside, contour = (decode(open_image(path, math.inf), path) for path in paths)
+        truth = read_instance_label(label, binary_labels=binary_labels)
         if inside.shape != truth.shape and dataset != 'GlaS':
             raise InputError(f'{label} has shape {truth.shape}, and the probability maps of {name} in {folder} have '
                              f'shape {inside.shape}; expected the same')
@@ -157,10 +159,10 @@ def main(argv=None):
     parser.add_argument('--label-dir', required=True, help='instance labels of the images')
     parser.add_argument('--set', required=True, help='name of the set: RESULTS has {set}_prob_maps')
     args = parser.parse_args(argv)
-    dataset = read_data_set(args.results / 'test_options.json')
+    dataset, binary_labels = read_options(args.results / 'test_options.json')
     post = Options(isTrain=False).parse(['--dataset', dataset]).post
     published = {name: post.get(name, 0) for name in NUCLEI}
-    study = Study(read_maps(args.results, args.set, args.label_dir, dataset), dataset)
+    study = Study(read_maps(args.results, args.set, args.label_dir, dataset, binary_labels), dataset)
 
     rows = [('published: ' + ' '.join(f'{name} {post[name]}' for name in ('min_area', 'radius')), published)]
     for name, values in CHOICES[dataset].items():

@@ -30,8 +30,10 @@ def instance_label_from_xml(xml_path, height, width, layers=()):
         note(f'{name}: the regions of its layers {", ".join(found)} are all drawn; --xml-layers chooses')
     chosen = [(k, region) for k, region in enumerate(regions, 1) if not layers or region.layer in layers]
     objects = {k: region for k, region in chosen if not region.negative}
+    if not objects:
+        raise InputError(f'{xml_path} holds no region but negative ones, which are holes in others')
     holes = {}                                                           # number of an object -> bool (H, W)
-    for hole in [region for _, region in chosen if region.negative and objects]:
+    for hole in [region for _, region in chosen if region.negative]:
         in_hole = np.zeros(shape, bool)
         in_hole[_pixels_of_region(hole, shape)] = True
         number = max(objects, key=lambda k: np.count_nonzero(in_hole[_pixels_of_region(objects[k], shape)]))
@@ -165,9 +167,9 @@ def read_geojson_polygons(path):
             if parts is None:
                 others += 1
                 continue
-            parts = parts(geometry['coordinates'])
+            parts = [rings for rings in parts(geometry['coordinates']) if rings]            # an empty one has no pixel
             for ring in itertools.chain.from_iterable(parts):
-                if len(ring) < 3 or not np.isfinite(np.array(ring, float)[:, :2]).all():
+                if len(ring) < 3 or min(map(len, ring)) < 2 or not np.isfinite(np.array(ring, float)[:, :2]).all():
                     raise ValueError
             polygons.append(parts)
             measurements = (feature.get('properties') or {}).get('measurements')

@@ -9,7 +9,10 @@ from typing import Any, Callable, NamedTuple
 from support.files import results_folder, run_of, write_text
 from support.script import InputError, Parser, expand_home
 
-PATHS = ('data_dir', 'save_dir', 'model_path', 'checkpoint', 'init_from')       # '' is refused on the command line
+# paths that may not be '' on the command line, where that is an "$UNSET" of a shell
+PATHS = {*(('train', name) for name in ('data_dir', 'save_dir', 'checkpoint', 'init_from')),
+         *(('test', name) for name in ('data_dir', 'save_dir', 'model_path', 'img_dir')),
+         ('prepare', 'raw_dir'), ('prepare', 'data_dir')}
 
 
 class by_dataset(NamedTuple):
@@ -291,7 +294,7 @@ class CommandLine:
         for group, options in self.groups.items():
             for name, option in options.items():
                 value, flag = getattr(self, group)[name], '--' + name.replace('_', '-')
-                if value == '' and (group, name) in self.given and name in PATHS:          # "$UNSET" in a shell
+                if value == '' and (group, name) in self.given & PATHS:
                     raise InputError(f"{flag} is ''; expected a path, or leave it out")
                 if option.choices and value not in option.choices:
                     raise InputError(f"{flag} is '{value}'; expected one of "

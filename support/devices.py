@@ -171,9 +171,9 @@ def windows_at_once(device):
 class MixedPrecision:
     """Half precision in the network; the loss stays in float32.
 
-    CUDA: autocast to bfloat16, or to float16 with a scaled loss on GPUs without bfloat16. CPU: training computes the
-    dense blocks in bfloat16 (FullNet.set_mode); testing uses autocast on processors with AMX, the only ones on which it
-    is faster. Raises InputError for Apple MPS.
+    CUDA: autocast to bfloat16, or to float16 with a scaled loss on GPUs without bfloat16. CPU: the dense blocks are
+    computed in bfloat16 (FullNet.set_mode); on processors with AMX, testing uses autocast instead, which is faster
+    there. Raises InputError for Apple MPS.
     """
 
     def __init__(self, device, enabled, testing=False):

@@ -203,4 +203,6 @@ def new_folder(folder):
             os.replace(new, folder)
     finally:
         if not (place / '.lock').exists():                      # else another process works there
+            if old.exists() and not folder.exists():            # an exception between the two renames
+                os.replace(old, folder)
             shutil.rmtree(place, ignore_errors=True)

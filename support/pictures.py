@@ -98,7 +98,7 @@ def save_preview(dataset, train, mean_std, n=8):
         image, weight, target = dataset[int(index), train['seed'], 0]
         grey = weight[0].clamp(0, 255).byte().numpy()
         rows.append([as_picture(image, mean_std), class_colours(target[0]), np.repeat(grey[..., None], 3, axis=2)])
-    path = Path(train['save_dir'])
+    path = Path(train['save_dir']).resolve()
     path = path.with_name(f'{path.name}_preview.png')
     save_image(path, tile(rows))
     print(f'{len(rows)} samples in {path}: image, label (inside red, contour green), weight map')

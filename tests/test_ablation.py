@@ -15,7 +15,8 @@ from options import Options
 from support.checkpoints import load_checkpoint
 from support.script import InputError
 
-TINY = [*SMALL, '--dilations', *'1111111']
+# without what the script sets itself
+TINY = [*SMALL[:SMALL.index('--epochs')], *SMALL[SMALL.index('--epochs') + 2:], '--dilations', *'1111111']
 
 
 @pytest.fixture
@@ -84,9 +85,12 @@ def test_the_arms_are_those_of_the_paper():
 
 
 @pytest.mark.skipif(not hasattr(signal, 'pthread_kill'), reason='sends itself a signal')
-def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, 'planned_steps', lambda *_: 2)
+@pytest.mark.parametrize('phase', ['speed', 'training'])
+def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypatch, phase):
+    if phase == 'training':
+        monkeypatch.setattr(ablation, 'planned_steps', lambda *_: 2)
     monkeypatch.setattr(ablation, 'ROOT', tmp_path)
+    monkeypatch.setattr(ablation, 'running', [])
     (tmp_path / 'train.py').write_text('import os, signal, time\n'
                                        'def stop(*_):\n    open("stopped", "w")\n    os._exit(143)\n'
                                        'signal.signal(signal.SIGTERM, stop)\n'
@@ -105,7 +109,8 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypa
             ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '2', *TINY])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert Path('stopped').exists() and len(list((tmp_path / 'out').glob('*/train.out'))) == 1
+    assert Path('stopped').exists() and all(process.poll() is not None for process in ablation.running)
+    assert len([*(tmp_path / 'out').glob('*/train.out'), *(tmp_path / 'out').glob('speed*.out')]) == 1
 
 
 def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
@@ -115,6 +120,12 @@ def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
         ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), '--seeds', '1', '--arms', 'FullNet',
                        *TINY])
     assert 'no ' in next((tmp_path / 'out').glob('*/train.out')).read_text()
+
+
+def test_options_that_the_arms_decide_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match='--epochs=7 is set by this script, for each arm; leave it out'):
+        ablation.main(['--data-dir', str(data), '--out', str(tmp_path / 'out'), *TINY, '--epochs=7'])
+    assert not (tmp_path / 'out').exists()
 
 
 def test_steps_are_planned_by_train_py(data, tmp_path):

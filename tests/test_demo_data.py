@@ -95,6 +95,16 @@ def test_earlier_output_is_replaced_and_other_folders_refused(tmp_path):
         make_demo_data.main([str(out), *few])
     assert files(out) == before
 
+    (tmp_path / 'mine/normalized/talk').mkdir(parents=True)
+    for name in ('split.json', 'normalized/talk/demo_talk.png'):
+        (tmp_path / 'mine' / name).write_text('mine')
+        with pytest.raises(InputError, match=f'{name} was not made by this script'):
+            make_demo_data.main([str(tmp_path / 'mine'), *few])
+        (tmp_path / 'mine' / name).unlink()
+    (tmp_path / 'link').symlink_to(tmp_path / 'mine')
+    make_demo_data.main([str(tmp_path / 'link'), *few, '--train', '1'])
+    assert (tmp_path / 'mine/split.json').is_file()
+
 
 @pytest.mark.parametrize('option, value', [('--train', '0'), ('--size', '10'), ('--seed', '-1')])
 def test_bad_options(tmp_path, option, value):

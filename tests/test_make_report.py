@@ -195,6 +195,17 @@ def test_folders_that_are_no_result(tmp_path):
         make_report.main([str(tmp_path / 'notes')])
 
 
+def test_only_what_the_last_test_made_is_reported(results, tmp_path):
+    root = tmp_path / 'results'
+    shutil.copytree(results, root)
+    write_image(root / 'test_same_segmentation', 'earlier', [50], [0.5])       # of a test of more images
+    make_report.main([str(root)])
+    assert (root / 'report.html').read_bytes() == (results / 'report.html').read_bytes()
+    (root / 'test_same_metrics.json').unlink()                                 # as when a test is stopped
+    with pytest.raises(InputError, match='compared with labels, and there is no .*_metrics.json: a test did'):
+        make_report.main([str(root)])
+
+
 OBJECTS, OVERLAY = (f'test_same_segmentation/plain_{kind}' for kind in ('objects.csv', 'overlay.png'))
 
 

@@ -208,7 +208,8 @@ def test_every_number_is_finite_and_has_a_least_value(script, group, name):
 
 
 @pytest.mark.parametrize('script, flag', [('train', '--checkpoint-path'), ('train', '--save-dir'),
-                                          ('test', '--save-dir'), ('test', '--model-path'), ('prepare', '--data-dir')])
+                                          ('test', '--save-dir'), ('test', '--model-path'), ('test', '--img-dir'),
+                                          ('prepare', '--data-dir'), ('prepare', '--raw-dir')])
 def test_empty_paths_are_refused(script, flag):
     with pytest.raises(InputError, match="is ''.*leave it out"):
         Options(script=script).parse([flag, ''])

@@ -189,8 +189,8 @@ def results(tmp_path):
     return tmp_path
 
 
-def write_options(folder, dataset='MultiOrgan', scale_factor=1):
-    options = {'dataset': dataset, 'test': {'scale_factor': scale_factor, 'mpp': ''}}
+def write_options(folder, dataset='MultiOrgan', scale_factor=1, binary_labels=False):
+    options = {'dataset': dataset, 'test': {'scale_factor': scale_factor, 'mpp': '', 'binary_labels': binary_labels}}
     (folder / 'out/test_options.json').write_text(json.dumps(options))
 
 
@@ -240,7 +240,25 @@ def test_the_study_of_glands_scores_them_at_the_size_of_their_images(results, mo
     assert found == pytest.approx(np.mean(expected, axis=0), abs=1e-4) and found[0] > 0.3
 
 
+def test_the_study_takes_masks_if_the_test_did(results, monkeypatch, capsys):
+    monkeypatch.setitem(study.CHOICES, 'MultiOrgan', dict.fromkeys(study.NUCLEI, (0,)))
+    for path in (results / 'labels').iterdir():
+        save_image(path, ((pixels(path) > 0) * 255).astype(np.uint8))
+    words = [str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set']
+    with pytest.raises(InputError, match='holds only 0 and 255'):
+        study.main(words)
+    write_options(results, binary_labels=True)
+    study.main(words)
+    assert '2 images' in capsys.readouterr().out
+
+
 def test_what_the_study_cannot_use(results):
+    path = next((results / 'out/set_prob_maps').iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(InputError, match='_prob_.*.png is damaged or truncated'):
+        study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
+    path.write_bytes(whole)
     with pytest.raises(InputError, match='no .*_prob_inside.png in .*other_prob_maps; run test.py first'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'other'])
     label = next(Path(results / 'labels').iterdir())

@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from prepare_data import (Reinhard_normalizer, color_norm, colour_histogram, com
                           create_ternary_labels, instance_label_from_xml, main, mean_std_of, patch_positions,
                           save_instance_label, split_patches, ternary_label)
 from support.data_sets import MULTI_ORGAN_SPLIT, count_grades, count_objects, draw_split, find_fullnet_files, find_glas
-from support.files import save_image, save_instances
+from support.files import new_folder, save_image, save_instances
 from support.images import read_image, read_instance_label
 from support.script import InputError
 from weight_map import create_weight_maps, encode_weight_map, weight_map
@@ -161,6 +162,8 @@ def test_xml_negative_regions_are_holes_wherever_they_stand(label_of):
         label = label_of(annotation_xml(nuclei=order))
         assert np.array_equal(label == number, expected) and (label == 3).sum() == 4
         assert np.unique(label).tolist() == [0, number, 3]
+    with pytest.raises(InputError, match='a.xml holds no region but negative ones'):
+        label_of(annotation_xml(nuclei=[hole]))
 
 
 @pytest.mark.parametrize('kind', ['2', 'Ellipse'])
@@ -522,6 +525,21 @@ def test_killed_in_the_middle_it_starts_anew(fullnet_files, prepared, prepared_m
     prepared.rename(preparing / 'old')
     prepare_nuclei(fullnet_files, prepared)
     assert contents(prepared) == contents(prepared_master) and not preparing.exists()
+
+
+def test_an_exception_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out/before.txt').write_text('x')
+    replace = os.replace
+
+    def stop(source, target):
+        replace(source, target)
+        if Path(target).name == 'old':
+            raise KeyboardInterrupt
+    monkeypatch.setattr(os, 'replace', stop)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / 'out') as folder:
+        (folder / 'after.txt').write_text('y')
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*')] == ['out', 'out/before.txt']
 
 
 def test_the_report_and_the_contact_sheets(prepared_master):

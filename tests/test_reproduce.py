@@ -15,6 +15,7 @@ import test
 from miniature import SMALL, make_multi_organ, nuclei
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.files import save_image, save_instances
+from support.images import decode
 from support.script import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +177,18 @@ def test_mistakes_are_one_line(start, tmp_path):
                     {'state_dict': {}, 'options': {'train': {'max_minutes': 0}}})
     with pytest.raises(InputError, match='was started without MINUTES, which its training cannot be given now'):
         reproduce.main(['GlaS', '5'])
+
+
+@pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='there are no timers')
+def test_when_the_time_is_up_no_file_is_called_damaged():
+    class Slow:
+        def __array__(self, *_, **__):
+            time.sleep(5)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(reproduce.TimeIsUp):
+        reproduce.end_after(0.05)
+        decode(Slow(), 'a.png')
+    signal.signal(signal.SIGALRM, before)
 
 
 def test_a_missing_package_is_one_line(tmp_path):

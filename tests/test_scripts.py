@@ -1,6 +1,7 @@
 """The scripts around the project."""
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_report_compares_with_otsu_and_draws_the_overview(tmp_path, capsys):
         demo_report.main(words)
     (results / 'test_same_test_result.txt').write_text(
         'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.83\t0.74\t0.65\n')
+    image_path = tmp_path / 'data/images/test_same'
+    shutil.copy(image_path / 'a.png', image_path / 'b.png')
+    shutil.copy(tmp_path / 'data/labels_instance/test/a.png', tmp_path / 'data/labels_instance/test/b.png')
+    with pytest.raises(InputError, match='results has not the scores of the images in .*test_same; run test.py again'):
+        demo_report.main(words)
+    (image_path / 'b.png').unlink()
     demo_report.main(words)
     text = capsys.readouterr().out
     assert '  0.6500  0.7400  0.8300\n' in text                       # AJI, Dice and F1 of the network

@@ -184,9 +184,13 @@ def test_validation_grid(data, tmp_path, monkeypatch):
     assert [event.step for event in log.Images('validation')] == [2]
 
 
-def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsys):
+def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsys, monkeypatch):
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'run'), '--preview'])
     assert not (tmp_path / 'run').exists() and 'run_preview.png: image, label' in capsys.readouterr().out
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    train.main([*SMALL, '--data-dir', str(data), '--save-dir', '.', '--preview'])
+    assert (tmp_path / 'here_preview.png').read_bytes() == (tmp_path / 'run_preview.png').read_bytes()
     sheet = np.asarray(Image.open(tmp_path / 'run_preview.png'))
     assert sheet.shape == (4 * 40 + 3 * 4, 3 * 40 + 2 * 4, 3)
     opt = Options(True).parse([*SMALL, '--data-dir', str(data)])

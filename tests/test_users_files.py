@@ -126,9 +126,10 @@ def test_geojson_of_qupath(tmp_path):
     hole, first = square(4, 4, 6, 6), square(1, 1, 9, 9)
     features = [feature('Polygon', [first, hole], objectType='annotation'),
                 feature('Point', [3, 3]), feature('MultiPolygon', [[square(8, 8, 12, 12)], [square(20, 2, 22.4, 4)]],
-                                                  objectType='detection')]
+                                                  objectType='detection'), feature('Polygon', [])]
     (tmp_path / 'a.geojson').write_text(json.dumps({'type': 'FeatureCollection', 'features': features}))
-    with pytest.warns(UserWarning, match='a.geojson: 1 features are no polygons and were skipped'):
+    with pytest.warns(UserWarning, match='a.geojson: 1 features are no polygons and were skipped'), \
+            pytest.warns(UserWarning, match='a.geojson: 1 of 3 polygons have no pixel of their own'):
         label = instance_label_from_geojson(tmp_path / 'a.geojson', 20, 30)
     expected = np.zeros((20, 30), int)
     expected[8:12, 8:12], expected[2:4, 20:22] = 2, 2
@@ -145,6 +146,7 @@ def test_geojson_of_qupath(tmp_path):
     ('[', 'a.json is not JSON'),
     ('[' * 100_000, 'a.json is not JSON'),
     (json.dumps([feature('Polygon', [[[0, 0], [1, float('nan')], [2, 2]]])]), 'feature 1: .* finite coordinates'),
+    (json.dumps([feature('Polygon', [[[0], [1], [2]]])]), 'feature 1: .* finite coordinates'),
     (json.dumps([feature('Polygon', [square(50, 50, 60, 60)])]), 'none of its 1 polygons has a pixel in the image'),
 ])
 def test_geojson_that_holds_no_label(tmp_path, content, message):
