@@ -279,7 +279,7 @@ def prepare(dataset, options):
     started = time.monotonic()
     refuse_data_dir(options)
     sources = find_sources(dataset, options)
-    settings = Settings(dataset=dataset, normalizer=fit_anchor(sources, options),
+    settings = Settings(dataset=dataset, normalizer=fit_anchor(dataset, sources, options),
                         **{name: value for name, value in options.items() if name in Settings._fields})
     for source in tqdm(sources, desc='checking', unit='image', disable=None):
         planned_files(dataset, source, *image_size(source.image, settings.max_megapixels), settings.patch_size)
@@ -351,7 +351,7 @@ def read_instances(path, shape, settings):
     return read_instance_label(path, shape, settings.binary_labels, settings.max_megapixels)
 
 
-def fit_anchor(sources, options):
+def fit_anchor(dataset, sources, options):
     """The Reinhard_normalizer fitted to the anchor image; None if the colours stay as they are."""
     anchor = options['anchor']
     if anchor == 'auto':
@@ -359,7 +359,7 @@ def fit_anchor(sources, options):
         anchor = PUBLISHED_ANCHOR if monuseg else ''
     if not anchor:
         return None
-    path = anchor_path(anchor, options['img_dir'] or options['raw_dir'])
+    path = anchor_path(anchor, dataset, options)
     return Reinhard_normalizer().fit(read_image(path, options['max_megapixels'], options['scale_16bit']))
 
 

@@ -19,9 +19,8 @@ from options import Options
 from support.checkpoints import load_checkpoint, load_mean_std_of_run, load_weights
 from support.devices import (MixedPrecision, Processes, loader_processes, put_on, report_out_of_memory, start_loader,
                              windows_at_once)
-from support.images import shorter_side
 from support.pictures import save_preview
-from support.run_folder import Run, SilentRun, TrainingState, take_options_of_run
+from support.run_folder import Run, SilentRun, TrainingState, facts_of_data, take_options_of_run
 from support.script import InputError, StopRequest, run_script
 from utils import split_forward
 from weight_map import decode_weight_map
@@ -59,6 +58,7 @@ def main(argv=None):
     train_set, val_set = (load_data(opt, split, mean_std) for split in ('train', 'val'))
     if train['preview']:
         return save_preview(train_set, train, mean_std if opt.transform['train'].get('normalize') else None)
+    data = facts_of_data(train_set, val_set, mean_std, checkpoint or {}, train['checkpoint'])
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
     workers = loader_processes(train['workers'], processes)
     common = dict(collate_fn=batch_items, worker_init_fn=start_loader, generator=torch.Generator(),
@@ -87,9 +87,7 @@ def main(argv=None):
                          f'to train; give more --epochs')
 
     # 4. run folder and logs
-    run = SilentRun()
-    if processes.rank == 0:
-        run = Run(state, opt, mean_std, shorter_side(path for path, *_ in train_set.items))
+    run = Run(state, opt, data) if processes.rank == 0 else SilentRun()
     log.info(opt.describe())
     run.save_info(train_set, val_set)
     log.info(f'{len(train_set)} training and {len(val_set)} validation images; {opt.model["name"]} with '

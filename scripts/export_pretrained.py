@@ -70,16 +70,19 @@ def scores_of(results, weights):
     weights: state_dict. Raises InputError if the folder has no scores, or was made with other weights.
     """
     files = sorted(results.glob('*_metrics.json'))
-    if len(files) != 1 or not (results / 'test_options.json').is_file():
-        raise InputError(f'{results} has {len(files)} *_metrics.json files; expected one, and test_options.json, '
-                         f'from test.py with labels')
-    options = json.loads((results / 'test_options.json').read_text(encoding='utf-8'))
-    scored = load_checkpoint(options['test']['model_path'])['state_dict']
+    if len(files) != 1:
+        raise InputError(f'{results} has {len(files)} *_metrics.json files; expected one, from test.py with labels')
+    metrics = json.loads(files[0].read_text(encoding='utf-8'))
+    if 'made_by' not in metrics:
+        raise InputError(f'{files[0]} was written by an earlier version; run test.py again')
+    options, path = metrics['made_by'], Path(metrics['made_by']['test']['model_path'])
+    if not path.is_file() or sha256_of(path) != options['weights_sha256']:
+        raise InputError(f'{path} is not the file any more that has the scores in {results}; run test.py again')
+    scored = load_checkpoint(path)['state_dict']
     if scored.keys() != weights.keys() or not all(torch.equal(scored[key].float(), value.float())
                                                   for key, value in weights.items()):
-        raise InputError(f'the scores in {results} are of other weights, {options["test"]["model_path"]}; run test.py '
-                         f'with the checkpoint that is exported')
-    metrics = json.loads(files[0].read_text(encoding='utf-8'))
+        raise InputError(f'the scores in {results} are of other weights, {path}; run test.py with the '
+                         f'checkpoint that is exported')
     names = ('tta', 'amp', 'patch_size', 'overlap', 'color_norm', 'scale_factor')
     return {'set': metrics['set'], 'test': {name: options['test'][name] for name in names},
             'post': options['post'], 'mean': metrics['mean'], 'images': metrics['images']}

@@ -24,6 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.files import write_text  # noqa: E402
 from support.images import read_image  # noqa: E402
+from support.results import refuse_mixed_results  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 
 OVERLAY_BYTES = 28e6             # of all overlays in the page
@@ -64,7 +65,10 @@ def main(argv=None):
 # What test.py wrote
 
 def find_sets(results):
-    """{set: [image names]} of the `{set}_segmentation` folders in `results`, both sorted. Raises InputError."""
+    """{set: [image names]} of the `{set}_segmentation` folders in `results`, both sorted. Raises InputError.
+
+    The images of a set are those that have scores; if none has, all whose files are there.
+    """
     if not results.is_dir():
         raise InputError(f'no folder {results}; expected the save_dir of test.py')
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name.endswith('_segmentation'))
@@ -79,7 +83,9 @@ def find_sets(results):
         if not names:
             raise InputError(f'{folder} is empty: expected the *_seg.tiff, *_overlay.png and *_objects.csv of '
                              f'test.py; {AGAIN}')
-        sets[folder.name.removesuffix('_segmentation')] = sorted(names)
+        name = folder.name.removesuffix('_segmentation')
+        metrics = results / f'{name}_metrics.json'
+        sets[name] = sorted(read(metrics, parse_metrics)[0] if metrics.exists() else names)
     return sets
 
 
@@ -140,6 +146,7 @@ def parse_objects(text):
 def report_page(results):
     """The whole page, HTML text, about the folder `results`. Raises InputError for what is missing or damaged."""
     sets = find_sets(results)
+    refuse_mixed_results(results, sets)
     options = read(results / 'test_options.json', parse_options)
     n_bytes = OVERLAY_BYTES / sum(map(len, sets.values()))
     sections = [set_section(results, number, set_name, names, n_bytes)
@@ -160,7 +167,6 @@ def set_section(results, number, set_name, names, n_bytes):
     """All about one set. number: from 1, for the ids of its images. n_bytes: of each overlay in the page."""
     folder, metrics_file = results / f'{set_name}_segmentation', results / f'{set_name}_metrics.json'
     scores, means, definitions = read(metrics_file, parse_metrics) if metrics_file.exists() else ({}, {}, {})
-    names = sorted(scores) or names                        # not those of an earlier test of more images
     objects = {name: read(folder / f'{name}_objects.csv', parse_objects) for name in names}
     if not scores and any(ious is not None for _, ious in objects.values()):
         raise InputError(f'{folder} has objects that were compared with labels, and there is no {metrics_file}: a test '

@@ -27,6 +27,7 @@ from options import Options  # noqa: E402
 from support.files import write_text  # noqa: E402
 from support.images import decode, find_labels, open_image, read_instance_label  # noqa: E402
 from support.objects import overlap_table  # noqa: E402
+from support.results import refuse_mixed_results  # noqa: E402
 from support.script import InputError, Parser, run_script  # noqa: E402
 from utils import gland_scores_of, post_process, remove_small_components, standard_metrics_of  # noqa: E402
 
@@ -119,6 +120,7 @@ def read_maps(results, set_name, label_dir, dataset, binary_labels=False):
     if not insides:
         raise InputError(f'no *_prob_inside.png in {folder}; run test.py first, with --save-flag True')
     names = [path.name.removesuffix('_prob_inside.png') for path in insides]
+    refuse_mixed_results(results, {set_name: names})
     images = {}
     for name, label in zip(names, find_labels([folder / f'{name}.png' for name in names], label_dir)):
         paths = [folder / f'{name}_prob_{kind}.png' for kind in ('inside', 'contour')]

@@ -273,14 +273,18 @@ def _names_in(folder):
     return (', '.join(names[:5]) + (', ...' if len(names) > 5 else '')) or 'an empty folder'
 
 
-def anchor_path(anchor, folder):
-    """The path of the anchor image. anchor: a path, or the name of an image below `folder`, with or without organ.
+def anchor_path(anchor, dataset, options):
+    """The path of the anchor image. anchor: a path, or the name of an image, with or without organ.
 
-    Raises InputError if there is no such image.
+    options: of prepare_data.py, with the folder of images. Raises InputError if there is no such image.
     """
     if Path(anchor).is_file():
         return Path(anchor)
-    images = {path.stem: path for path in _files_below(folder) if path.suffix.lower() in IMAGE_EXTENSIONS}
+    folder = options['img_dir'] or options['raw_dir']
+    if options['img_dir']:
+        images = {path.stem: path for path in list_images(folder)}
+    else:                                                        # as find_monuseg and find_glas
+        images = _by_stem(_files_below(folder), {'MultiOrgan': ('.tif', '.tiff'), 'GlaS': ('.bmp',)}[dataset], folder)
     for stem in (anchor, anchor.split('_', 1)[-1]):
         if stem in images:
             return images[stem]
@@ -368,7 +372,7 @@ def refuse_data_dir(options):
     except (OSError, ValueError, KeyError, TypeError):                   # no report, or not one of ours
         ours = set()
     others = [path.relative_to(data_dir).as_posix() for path in sorted(data_dir.rglob('*'))
-              if path.is_file() and not path.name.startswith('.')]
+              if (path.is_symlink() or not path.is_dir()) and path.name != '.DS_Store']
     others = [name for name in others if name not in ours]
     if others:
         raise InputError(f'{data_dir} holds {len(others)} files that no preparation made: {", ".join(others[:5])}; '

@@ -79,8 +79,10 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
         raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
     files = {composed(p.name.removesuffix('.gz').rpartition('.')[0] if p.suffix == '.gz' else p.stem): p
              for p in list_images(label_dir, extensions)}
-    labels = [[files[composed(path.stem) + ending] for ending in LABEL_ENDINGS if composed(path.stem) + ending in files]
-              for path in images]
+    stems = {composed(path.stem) for path in images}            # the label a_GT is that of an image a_GT, not of an a
+    labels = [[files[stem + ending] for ending in LABEL_ENDINGS
+               if stem + ending in files and (not ending or stem + ending not in stems)]
+              for stem in (composed(path.stem) for path in images)]
     missing = [path.name for path, found in zip(images, labels) if not found]
     if missing:
         first = Path(missing[0]).stem
@@ -91,7 +93,12 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
         if len(found) > 1:
             names = ' and '.join(label.name for label in found)
             raise InputError(f'{names} in {label_dir} are both named as labels of {path.name}; keep one of them there')
-    return [found[0] for found in labels]
+    image_of = {}
+    for path, (label,) in zip(images, labels):
+        other = image_of.setdefault(label, path)
+        if other != path:
+            raise InputError(f'{label} is named as the label of both {other.name} and {path.name}; rename it')
+    return [label for label, in labels]
 
 
 def composed(name):
@@ -232,6 +239,8 @@ def bits_per_channel(image):
         raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
         if '16' in str(raw_mode):
             return 16
+        if raw_mode in ('L;2', 'L;4'):
+            return int(raw_mode[-1])
     if image.format == 'TIFF':
         return max(image.tag_v2.get(258, (8 if image.mode != '1' else 1,)))
     if image.format == 'PPM' and image.mode in ('I', 'RGB'):
@@ -558,7 +567,9 @@ def _check_elements(data, order):
 
 def _decode_label(path, max_megapixels):
     page = _first_page(path) if path.suffix.lower() in ('.tif', '.tiff') else None
-    if page is not None and page.dtype is not None and (page.dtype.itemsize == 8 or page.dtype == np.float16):
+    big_endian = page is not None and page.parent.byteorder == '>'
+    if page is not None and page.dtype is not None and (page.dtype.itemsize == 8 or page.dtype == np.float16
+                                                        or (page.dtype.itemsize == 4 and big_endian)):
         _check_megapixels(path, page.imagewidth, page.imagelength, max_megapixels)
         return _read_with_tifffile(path)                          # Pillow has no such numbers
     image = open_image(path, max_megapixels)
@@ -573,7 +584,10 @@ def _decode_label(path, max_megapixels):
         if orientation_of(image, path) != 1:
             raise InputError(f'{path} has an orientation; turn its pixels')
         return _read_with_tifffile(path)
+    bits = bits_per_channel(image)
     pixels = decode(image, path)
+    if image.mode == 'L' and bits < 8:                            # Pillow has spread the ids over 0 to 255
+        pixels //= 255 // (2 ** bits - 1)
     unsigned = image.format == 'TIFF' and image.tag_v2.get(339, (1,)) == (1,)
     return pixels.view(np.uint32) if unsigned and pixels.dtype == np.int32 else pixels
 
@@ -612,29 +626,29 @@ def pixel_size(path):
 
     A size outside 0.05 to 4 um is refused too: programs write 72 dots per inch where they know none.
     """
-    size = None
+    sizes = []
     try:
         with tifffile.TiffFile(path) as file:
             tags = file.pages[0].tags
-            ome = re.search(r'PhysicalSizeX="([^"]+)"', file.ome_metadata or '')
-            if ome:
-                unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', file.ome_metadata)
-                size = float(ome[1]) * (UM[unit[1]] if unit else 1)
+            ome = dict(re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]+)"', file.ome_metadata or '')[::-1])
+            if 'X' in ome:
+                sizes = [float(ome[axis]) * UM[ome.get(f'{axis}Unit', 'um')] for axis in 'XY' if axis in ome]
             elif 'XResolution' in tags:
-                pixels, units = tags['XResolution'].value
                 unit = int(tags['ResolutionUnit'].value) if 'ResolutionUnit' in tags else 2           # inch
                 imagej = (file.imagej_metadata or {}).get('unit')                                     # in place of 1
                 um = {2: 25_400, 3: 10_000}.get(unit) or UM[imagej]
-                size = um * units / pixels
+                sizes = [um * units / pixels for pixels, units in (tags[f'{axis}Resolution'].value for axis in 'XY'
+                                                                   if f'{axis}Resolution' in tags)]
     except (tifffile.TiffFileError, KeyError, ValueError, ZeroDivisionError, OSError):
         pass
-    if size is None:
+    if not sizes:
         raise InputError(f'{path} does not say its pixel size; expected a TIFF with a resolution, or OME metadata; '
                          f'give --mpp a number of um')
-    if not 0.05 <= size <= 4:
-        raise InputError(f'{path} says that a pixel is {size:.4g} um; expected 0.05 to 4, as of a microscope; give '
-                         f'--mpp a number of um')
-    return size
+    if not all(0.05 <= size <= 4 for size in sizes) or max(sizes) > 1.01 * min(sizes):
+        said = ' x '.join(f'{size:.4g}' for size in sizes)
+        raise InputError(f'{path} says that a pixel is {said} um; expected a square of 0.05 to 4, as of a microscope; '
+                         f'give --mpp a number of um')
+    return sizes[0]
 
 
 def resize_bilinear(image, shape):

@@ -10,9 +10,10 @@ from skimage.measure import regionprops
 from tqdm import tqdm
 
 from support.files import FolderLock, save_image, save_instances, sha256_of, write_text
-from support.images import resize_bilinear
+from support.images import read_json, resize_bilinear
 from support.objects import OverlapTable, pool
 from support.pictures import colour_instances, draw_overlay
+from support.script import InputError
 
 PUBLISHED = 'published code, mean over images: '
 DEFINITIONS = {           # of the columns, in {set}_metrics.json
@@ -33,6 +34,23 @@ DEFINITIONS = {           # of the columns, in {set}_metrics.json
 OBJECT_COLUMNS = ('id', 'centroid_y', 'centroid_x', 'bbox_top', 'bbox_left', 'bbox_bottom', 'bbox_right', 'area',
                   'perimeter', 'eccentricity', 'solidity', 'mean_inside_probability')
 RESULT_VERSION = 3      # raise it when the same input gives other results, so that old results are recomputed
+
+
+def hash_of(values):
+    """The SHA-256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def refuse_mixed_results(folder, sets):
+    """Raise InputError if images were tested with different weights or options. sets: {set: [image names]}."""
+    tests = {}
+    for path in [folder / f'{name}_records' / f'{image}.json' for name, images in sets.items() for image in images]:
+        if path.is_file():
+            tests.setdefault(read_json(path).get('test'), path.stem)
+    if len(tests) > 1:
+        first, second, *_ = tests.values()
+        raise InputError(f'{first} and {second} in {folder} were tested with different weights or options; run test.py '
+                         f'again on all images, or with another --save-dir')
 
 
 def means(rows):
@@ -62,12 +80,14 @@ class Results:
     """
 
     def __init__(self, folder, set_name, opt, mean_std, rank=0):
-        self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
+        self.folder, self.set_name, self.dataset, self.options = folder, set_name, opt.dataset, opt.as_dict()
         ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
                    'batch_size', 'overwrite', 'preset')
+        self.weights_sha256 = sha256_of(opt.test['model_path'])
         self.made_of = [RESULT_VERSION, opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
-                        sha256_of(opt.test['model_path']),
+                        self.weights_sha256,
                         {name: value for name, value in opt.test.items() if name not in ignored}]
+        self.test_hash = hash_of(self.made_of)                         # of an image it has the image and its label too
         self.records = {}
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
@@ -87,8 +107,8 @@ class Results:
         """
         self.records[path.stem] = {'key': ''}
         try:
-            made_of = [self.made_of, sha256_of(path), label_path and sha256_of(label_path)]
-            key = self.records[path.stem]['key'] = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+            key = hash_of([self.made_of, sha256_of(path), label_path and sha256_of(label_path)])
+            self.records[path.stem]['key'] = key
             record = json.loads(self.path('records', path.stem, '.json').read_text(encoding='utf-8'))
             finished = record['key'] == key and all((self.folder / file).is_file() for file in record['files'])
         except (OSError, ValueError, KeyError, TypeError):                   # no record, or a damaged one
@@ -119,7 +139,7 @@ class Results:
 
     def finish(self, name, scores):
         """Write the record of an image. scores: Scores, or None without ground truth."""
-        record = {'files': [], **self.records[name]}
+        record = {'files': [], 'test': self.test_hash, **self.records[name]}
         if scores is not None:
             table = {field: value if isinstance(value, int) else np.asarray(value).tolist()
                      for field, value in scores.table._asdict().items() if field not in ('pred_map', 'gt_map')}
@@ -152,7 +172,8 @@ class Results:
                                for row in (*images.values(), mean, pooled))
         summary = {'dataset': self.dataset, 'set': self.set_name,
                    'definitions': {key: DEFINITIONS[key] for key in mean},
-                   'images': dict(zip(images, rows)), 'mean': mean, 'pooled': pooled}
+                   'images': dict(zip(images, rows)), 'mean': mean, 'pooled': pooled,
+                   'made_by': {'weights_sha256': self.weights_sha256, **self.options}}
         write_text(self.folder / f'{self.set_name}_metrics.json', json.dumps(summary, indent=1) + '\n')
         lines = [['image', *mean]] + [[name, *('' if value is None else f'{value:.6f}' for value in row.values())]
                                       for name, row in zip((*images, 'mean', 'pooled'), (*rows, mean, pooled))]

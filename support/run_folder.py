@@ -1,5 +1,6 @@
 """The run folder: what training writes, and how a run is resumed."""
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -20,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from support.checkpoints import WeightAverage, load_checkpoint, load_weights, save_checkpoint
 from support.files import FolderLock, atomic_path, run_of, save_image, sha256_of, write_text
+from support.images import shorter_side
 from support.pictures import as_picture, class_colours, tile
 from support.script import InputError
 
@@ -156,6 +159,10 @@ class TrainingState:
         if checkpoint['steps_planned'] is True:                        # written by an earlier version
             self.steps_planned = checkpoint['total_steps']
         if self.steps_planned:
+            before = checkpoint.get('options', {}).get('train', {}).get('num_epochs', 0)
+            if opt.train['num_epochs'] > before and self.total_steps > self.steps_planned:
+                raise InputError(f'the run of {path} ends after {self.steps_planned} steps, which its --max-minutes '
+                                 f'gave; leave out --epochs, or start a new run from its weights with --init-from')
             self.total_steps = min(self.total_steps, self.steps_planned)
         self.sums, self.count = np.array(checkpoint['meter'][0]), checkpoint['meter'][1][0]
         self.seconds_before = checkpoint['minutes'] * 60
@@ -198,6 +205,21 @@ def take_options_of_run(opt, checkpoint):
             opt.transform[split] = before
 
 
+def facts_of_data(train_set, val_set, mean_std, checkpoint, path):
+    """What a checkpoint says about its data, a dict. train_set, val_set: DataFolder. mean_std: (2, 3).
+
+    shorter_side: of the training images, in pixels, for the size of images in testing after the transform `scale`.
+    image_names: a hash. Raises InputError if the checkpoint to resume, loaded from `path`, has another one.
+    """
+    names = json.dumps([[unicodedata.normalize('NFC', name) for name in data.names] for data in (train_set, val_set)])
+    names = hashlib.sha256(names.encode()).hexdigest()
+    if checkpoint.get('image_names', names) != names:
+        raise InputError(f'the run of {path} had other training or validation images; prepare them as they were, with '
+                         f'the same split and patch size, or start a new run with --init-from')
+    return {'mean_std': mean_std.tolist(), 'image_names': names,
+            'shorter_side': shorter_side(path for path, *_ in train_set.items)}
+
+
 def read_results(path, epoch):
     """Rows of an epoch_results.txt up to `epoch`; [] without a file. Raises InputError if it is not such a table."""
     if not path.is_file():
@@ -227,12 +249,11 @@ def refuse_change(name, value, before, path):
 class Run:
     """The run folder, and everything that training writes there. A context manager that unlocks the folder at the end.
 
-    shorter_side: of the training images, in pixels, for the size of images in testing after the transform `scale`.
-    Raises InputError if the folder holds another run, or if another process writes there.
+    data: of `facts_of_data`. Raises InputError if the folder holds another run, or if another process writes there.
     """
 
-    def __init__(self, state, opt, mean_std, shorter_side):
-        self.state, self.opt, self.mean_std, self.shorter_side = state, opt, mean_std, shorter_side
+    def __init__(self, state, opt, data):
+        self.state, self.opt, self.data = state, opt, data
         self.lock = FolderLock(opt.train['save_dir'])
         folder = Path(opt.train['save_dir'])
         run = run_of(opt.train['checkpoint'])
@@ -260,6 +281,8 @@ class Run:
                              f'give --overwrite True')
         self.folder, self.checkpoints = folder, folder / 'checkpoints'
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if opt.train['checkpoint']:
+            self.take_best_checkpoint(run)
         self.opt.save(folder)
         log.handlers.clear()
         log.setLevel(logging.INFO)
@@ -269,6 +292,18 @@ class Run:
         self.write_results()
         self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
         self.last_saved, self.last_grid, self.last_drawn = time.monotonic(), state.epoch, -math.inf
+
+    def take_best_checkpoint(self, run):
+        """Of a resumed run, keep the best checkpoint so far, from the folder `run`; remove those of later epochs."""
+        best = self.checkpoints / 'checkpoint_best.pth.tar'
+        source = Path(run or self.folder, 'checkpoints', best.name)
+        if source.is_file() and not best.exists():
+            save_checkpoint(best, load_checkpoint(source))
+        for path in [best, *self.checkpoints.glob('checkpoint_[0-9]*.pth.tar')]:
+            if epochs_of(path) > self.state.epoch:
+                path.unlink()
+        if not best.is_file():
+            self.state.best_iou = -1.0
 
     def __enter__(self):
         return self
@@ -340,7 +375,7 @@ class Run:
 
         pictures: of `validate`. Red is inside, green contour, blue background.
         """
-        mean_std = self.mean_std if self.opt.transform['val'].get('normalize') else None
+        mean_std = self.data['mean_std'] if self.opt.transform['val'].get('normalize') else None
         grid = tile([[as_picture(image, mean_std), class_colours(target),
                       (probabilities[[1, 2, 0]] * 255).round().byte().permute(1, 2, 0).numpy(),
                       class_colours(probabilities.argmax(0))] for image, target, probabilities in pictures])
@@ -359,8 +394,7 @@ class Run:
         """
         self.check_folder()
         checkpoint = self.state.as_checkpoint()
-        checkpoint |= {'options': self.opt.as_dict(), 'mean_std': self.mean_std.tolist(),
-                       'shorter_side': self.shorter_side}
+        checkpoint |= {'options': self.opt.as_dict(), **self.data}
         if not torch.stack([value.isfinite().all() for value in checkpoint['state_dict'].values()]).all():
             raise InputError(f'the weights are no longer finite after {self.state.epoch} epochs and {self.state.batch} '
                              f'steps; {self.last_good()}; try a lower --lr, or --clip-grad 1')

@@ -238,6 +238,7 @@ def test_folders(tmp_path):
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.float32), byteorder='>', compression='zlib')),
     ('a.tif', lambda p: Image.fromarray(IDS.astype(np.int32)).save(p, compression='tiff_lzw')),
     ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32), compression='zlib', predictor=True)),
+    ('a.tif', lambda p: tifffile.imwrite(p, IDS.astype(np.uint32), byteorder='>')),
     ('a.npy', lambda p: np.save(p, IDS)),
     ('a.npy', lambda p: np.save(p, IDS.astype(float))),
 ])
@@ -245,6 +246,12 @@ def test_integer_labels_are_read_as_they_are(tmp_path, name, make):
     make(tmp_path / name)
     label = read_instance_label(tmp_path / name, (2, 3))
     assert label.dtype == np.int32 and (label == IDS).all()
+
+
+@pytest.mark.parametrize('bits, row, ids', [(2, b'\x1b', [0, 1, 2, 3]), (4, b'\x01\x2f', [0, 1, 2, 15])])
+def test_ids_of_few_bits_are_not_spread(tmp_path, bits, row, ids):
+    png_by_hand(tmp_path / 'a.png', 4, 1, bits, row, colour=0)
+    assert read_instance_label(tmp_path / 'a.png').tolist() == [ids]
 
 
 def test_large_ids(tmp_path):

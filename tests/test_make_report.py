@@ -206,6 +206,18 @@ def test_only_what_the_last_test_made_is_reported(results, tmp_path):
         make_report.main([str(root)])
 
 
+@pytest.mark.parametrize('labelled', [True, False])
+def test_images_of_different_tests_are_not_reported_together(tmp_path, labelled):
+    root = write_results(tmp_path / 'results', labelled)
+    (root / 'test_same_records').mkdir()
+    for name, made_by in ((ODD, 'one'), ('plain', 'another')):
+        (root / f'test_same_records/{name}.json').write_text(json.dumps({'test': made_by}))
+    with pytest.raises(InputError, match='plain in .*results were tested with different weights or options; run'):
+        make_report.main([str(root)])
+    (root / 'test_same_records/plain.json').write_text(json.dumps({'test': 'one'}))
+    make_report.main([str(root)])
+
+
 OBJECTS, OVERLAY = (f'test_same_segmentation/plain_{kind}' for kind in ('objects.csv', 'overlay.png'))
 
 

@@ -108,10 +108,12 @@ def test_what_does_not_say_its_pixel_size_is_refused(tmp_path, weights):
     ome = {'axes': 'YXS', 'PhysicalSizeX': 1, 'PhysicalSizeXUnit': 'pixel'}                             # not calibrated
     tifffile.imwrite(tmp_path / 'd.ome.tif', IMAGE, metadata=ome)
     ours, golden = weights['MultiOrgan'], str(GOLDEN / 'tiny_checkpoint.pth.tar')
+    tifffile.imwrite(tmp_path / 'e.tif', IMAGE, resolution=(20_000, 10_000), resolutionunit='CENTIMETER')
     for path, model, words, message in (
             ('a.png', ours, '--mpp auto', 'a.png does not say its pixel size; .* --mpp a number'),
-            ('b.tif', ours, '--mpp auto', 'b.tif says that a pixel is 352.8 um; expected 0.05 to 4'),
+            ('b.tif', ours, '--mpp auto', 'b.tif says that a pixel is 352.8 x 352.8 um; expected a square of 0.05 to'),
             ('c/c.tif', ours, '--mpp auto', 'c.tif does not say its pixel size'),                      # 1, of no unit
+            ('e.tif', ours, '--mpp auto', 'e.tif says that a pixel is 0.5 x 1 um; expected a square of 0.05 to 4'),
             ('d.ome.tif', ours, '--mpp auto', 'd.ome.tif does not say its pixel size'),
             ('a.png', golden, '--mpp 0.5 --n-layers 4 --growth-rate 8', 'tiny_.* does not say the pixel size of its'),
             ('a.png', ours, '--mpp 0.5 --scale-factor 2', '--mpp and --scale-factor both say'),

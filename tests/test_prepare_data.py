@@ -485,10 +485,11 @@ def test_split_json_is_checked(fullnet_files, tmp_path, split, message):
 
 def test_files_of_others_are_refused_and_stay(fullnet_files, prepared, tmp_path):
     save_image(tmp_path / 'out/images/train/mine_0.png', random_image(9, 250, 250))
-    (tmp_path / 'out/notes.txt').write_text('x')
+    (tmp_path / 'out/.notes').write_text('x')
+    (tmp_path / 'out/link').symlink_to(tmp_path)
     before = contents(tmp_path / 'out')
-    with pytest.raises(InputError, match='out holds 2 files that no preparation made: images/train/mine_0.png, '
-                                         'notes.txt; move them away, or give another --data-dir'):
+    with pytest.raises(InputError, match='out holds 3 files that no preparation made: .notes, '
+                                         'images/train/mine_0.png, link; move them away, or give another --data-dir'):
         prepare_nuclei(fullnet_files, tmp_path / 'out', '--patch-size', '290')
     assert contents(tmp_path / 'out') == before
 
@@ -621,6 +622,10 @@ def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):
     assert sorted(part for part, _ in images.values()) == ['testA'] * 2 + ['train'] * 3 + ['val']
     normalizer = Reinhard_normalizer().fit(random_image(3, 260, 270))
     assert np.array_equal(images['case 1'][1], normalizer.transform(random_image(1, 260, 270)))
+    (own[0] / 'images/masks').mkdir()
+    save_image(own[0] / 'images/masks/case 3.png', random_image(9, 60, 60))               # is none of the images
+    prepare_own(own[0], tmp_path / 'again', '--like', 'GlaS', '--anchor', 'case 3')
+    assert np.array_equal(pixels(next((tmp_path / 'again/images').rglob('case 1.bmp'))), images['case 1'][1])
     assert draw_split(list('abcdef'), (0.5, 0.2, 0.3), 4) == draw_split(list('abcdef'), (0.5, 0.2, 0.3), 4)
     assert draw_split(list('ab'), (0.1, 0.1, 0.8), 0).keys() == {'train', 'val', 'test'}
 
@@ -727,6 +732,7 @@ def test_monuseg_anchor_is_a_choice(monuseg, tmp_path):
     prepare_nuclei(monuseg, tmp_path / 'as_they_are', '--anchor', '')
     assert np.array_equal(pixels(tmp_path / f'as_they_are/images/val_full/{VAL}.png'), random_image(1, 260, 260))
 
+    save_image(monuseg / f'masks/{ANCHOR}.png', random_image(6, 260, 260))             # is no image of the data set
     save_image(tmp_path / 'other.png', random_image(7, 60, 60))
     prepare_nuclei(monuseg, tmp_path / 'other', '--anchor', str(tmp_path / 'other.png'))
     expected = Reinhard_normalizer().fit(random_image(7, 60, 60)).transform(random_image(1, 260, 260))

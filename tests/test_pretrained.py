@@ -100,11 +100,30 @@ def test_weights_that_were_trained_from_an_exported_file_keep_its_stages(made, t
     assert [stage['hours'] for stage in export_pretrained.stages_of(tmp_path / 'older.pth.tar')] == [before['hours']]
 
 
+def test_scores_and_preset_are_those_of_the_labelled_test(made, tmp_path):
+    shutil.copytree(made / 'scores_none', tmp_path / 'scores')
+    checkpoint = tmp_path / 'stage2/checkpoints/checkpoint_best.pth.tar'
+    shutil.copytree(made / 'stage2', tmp_path / 'stage2')
+    metrics = json.loads((tmp_path / 'scores/val_full_metrics.json').read_text())
+    metrics['made_by']['test']['model_path'] = str(checkpoint)
+    (tmp_path / 'scores/val_full_metrics.json').write_text(json.dumps(metrics))
+    test_script.main(['--model-path', str(checkpoint), '--img-dir', str(made / 'data/images/test_same'), '--min-area',
+                      '7', '--gpu', 'cpu', '--save-dir', str(tmp_path / 'scores')])            # without labels
+    words = ['--run', str(tmp_path / 'stage2'), '--data-dir', str(made / 'data'), '--out', str(tmp_path / 'w.pth.tar'),
+             '--scores', str(tmp_path / 'scores'), '--best', str(tmp_path / 'scores')]
+    export_pretrained.main(words)
+    exported = load_checkpoint(tmp_path / 'w.pth.tar')
+    assert exported['best_post']['min_area'] == 1 and exported['scores'][0]['test']['tta'] == 'none'
+    shutil.copy(made / 'stage1/checkpoints/checkpoint_best.pth.tar', checkpoint)             # as if trained further
+    with pytest.raises(InputError, match='checkpoint_best.pth.tar is not the file any more that has the scores in'):
+        export_pretrained.main(words)
+
+
 def test_what_is_not_exported(made, tmp_path):
     arguments = ['--data-dir', str(made / 'data'), '--out', str(tmp_path / 'w.pth.tar')]
     with pytest.raises(InputError, match='the scores in .*scores_none are of other weights, .*stage2.*; run test.py'):
         export_pretrained.main(['--run', str(made / 'stage1'), *arguments, '--scores', str(made / 'scores_none')])
-    with pytest.raises(InputError, match=r'stage1 has 0 \*_metrics.json files; expected one, and test_options.json'):
+    with pytest.raises(InputError, match=r'stage1 has 0 \*_metrics.json files; expected one, from test.py with labels'):
         export_pretrained.main(['--run', str(made / 'stage2'), *arguments, '--scores', str(made / 'stage1')])
     with pytest.raises(InputError, match='trained without --ema-decay; leave out --raw'):
         export_pretrained.main(['--run', str(made / 'stage1'), *arguments, '--raw'])

@@ -107,9 +107,11 @@ def segment(images, *words, labels=True):
 
 
 def everything(out):
-    """All that was written, to see whether an option changed anything."""
-    return {str(path): path.read_bytes() for path in sorted(out.rglob('*')) if path.is_file() and
-            'options' not in path.name and 'records' not in path.parent.name}
+    """All results that were written, to see whether an option changed anything."""
+    files = {str(path): path.read_bytes() for path in sorted(out.rglob('*')) if path.is_file() and
+             'options' not in path.name and 'records' not in path.parent.name}
+    return {name: content.split(b' "made_by": {')[0] if name.endswith('.json') else content
+            for name, content in files.items()}
 
 
 def test_files_of_a_labelled_set(images):

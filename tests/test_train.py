@@ -258,10 +258,16 @@ def test_init_from_starts_from_other_weights(base, data, tmp_path):
     assert torch.equal(tuned['state_dict'][weight], base[0]['state_dict'][weight]) and tuned['epoch'] == 1
 
 
-def test_a_run_is_not_resumed_with_other_images(base, tmp_path):
+def test_a_run_is_not_resumed_with_other_images(base, data, tmp_path):
     other = make_multi_organ(tmp_path / 'other', n_train=3)
     with pytest.raises(InputError, match='other/mean_std.npy is not that of .*checkpoint.pth.tar, which was'):
         resume(base[2], '--epochs', '2', '--data-dir', str(other))
+    again = tmp_path / 'again'                                            # another split of the images
+    shutil.copytree(data, again)
+    for part in again.rglob('train_0*'):
+        part.rename(str(part).replace('train', 'val'))
+    with pytest.raises(InputError, match='checkpoint.pth.tar had other training or validation images; prepare them as'):
+        resume(base[2], '--epochs', '2', '--data-dir', str(again))
 
 
 def test_more_epochs_are_those_of_a_longer_run_and_not_overwritten_unless_asked(base, data, tmp_path):
@@ -276,9 +282,25 @@ def test_more_epochs_are_those_of_a_longer_run_and_not_overwritten_unless_asked(
     with pytest.raises(InputError, match='first.pth.tar has 1 epochs, and the run in .*run went on to 2, which would'):
         train.main(words)
     assert results(tmp_path / 'run') == rows
+    for name in ('2', 'best'):
+        save_checkpoint(tmp_path / f'run/checkpoints/checkpoint_{name}.pth.tar', two)
     train.main([*words, '--save-dir', str(tmp_path / 'other')])
     train.main([*words, '--overwrite', 'True'])
-    assert all(same_weights(load_checkpoint(latest(tmp_path / name)), whole) for name in ('other', 'run'))
+    for name in ('other', 'run'):
+        assert same_weights(load_checkpoint(latest(tmp_path / name)), whole)
+        best = load_checkpoint(tmp_path / name / 'checkpoints/checkpoint_best.pth.tar')      # of the epochs of this run
+        assert best['best_iou'] == pytest.approx(rows[1]['val_iou'], abs=1e-4) and best['epoch'] == 2
+    assert not (tmp_path / 'run/checkpoints/checkpoint_2.pth.tar').exists()
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(base, tmp_path):
+    shutil.copytree(base[2], tmp_path / 'run')
+    for ending in ('', '_best'):
+        save_checkpoint(tmp_path / f'run/checkpoints/checkpoint{ending}.pth.tar', base[0] | {'best_iou': 0.99})
+    words = ['--checkpoint-path', str(latest(tmp_path / 'run')), '--epochs', '2']
+    train.main([*words, '--save-dir', str(tmp_path / 'on')])
+    best = load_checkpoint(tmp_path / 'on/checkpoints/checkpoint_best.pth.tar')
+    assert best['epoch'] == 1 and best['best_iou'] == load_checkpoint(latest(tmp_path / 'on'))['best_iou'] == 0.99
 
 
 def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(data, tmp_path, monkeypatch):
@@ -330,6 +352,8 @@ def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
     first, _ = run(data, tmp_path / 'run', '--max-minutes', '0.03', '--epochs', '1000')
     assert 1 <= first['step'] == first['total_steps'] == first['steps_planned'] < 2000
     assert resume(tmp_path / 'run')[0]['step'] == first['step']
+    with pytest.raises(InputError, match='ends after .* steps, which its --max-minutes gave; leave out --epochs, or'):
+        resume(tmp_path / 'run', '--epochs', '2000')
     save_checkpoint(latest(tmp_path / 'run'), first | {'steps_planned': True})            # as earlier versions wrote it
     assert resume(tmp_path / 'run')[0]['step'] == first['step']
 
