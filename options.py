@@ -191,7 +191,8 @@ class Options(CommandLine):
             raise InputError('--mpp and --scale-factor both say how to scale the images; leave one out')
         if self.script == 'test' and self.test['scale_factor'] != 1 and 'scale' in self.transform['test']:
             raise InputError(f'--scale-factor is {self.test["scale_factor"]:g}, but the transform scale makes the '
-                             f'shorter side of any image {self.transform["test"]["scale"]} pixels; give --mpp instead')
+                             f'shorter side of any image {self.transform["test"]["scale"]} pixels; give --mpp, '
+                             f'or another --transform.test.scale')
         if self.script == 'test' and 0 < self.test['patch_size'] <= self.test['overlap']:
             raise InputError(f'--overlap is {self.test["overlap"]}; expected less than '
                              f'--patch-size, {self.test["patch_size"]}')

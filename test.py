@@ -242,8 +242,9 @@ def scale_factor(opt, checkpoint, path=None):
         return opt.test['scale_factor']
     trained = checkpoint.get('options', {}).get('train', {}).get('mpp')
     if not isinstance(trained, (int, float)) or not trained > 0:
-        raise InputError(f'{opt.test["model_path"]} does not say the pixel size of its training images; give '
-                         f'--scale-factor instead of --mpp')
+        other = '--transform.test.scale' if 'scale' in opt.transform['test'] else '--scale-factor'
+        raise InputError(f'{opt.test["model_path"]} does not say the pixel size of its training images; give {other} '
+                         f'instead of --mpp')
     if mpp == 'auto':
         if path is None:
             raise InputError('--mpp auto needs a file; give --mpp a number of um')

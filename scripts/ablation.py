@@ -88,8 +88,10 @@ def main(argv=None):
     except (KeyboardInterrupt, SystemExit):                                  # Ctrl-C, SIGTERM
         pool.shutdown(wait=False, cancel_futures=True)
         print('the trainings that run save a checkpoint and end', file=sys.stderr)
-        for process in list(running):
+        stopped = list(running)
+        for process in stopped:
             process.terminate()
+        for process in stopped:
             process.wait()
         raise
     scores = dict(zip(jobs, (future.result() for future in futures)))

@@ -17,6 +17,7 @@ Because nuclei touch, some are pale and some dark things are not nuclei, Otsu's 
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -259,14 +260,16 @@ def make_gland_image(rng, size):
 
 def clear_earlier_output(out):
     """Remove the demo images and labels in the folder `out`; raises InputError if anything else is there."""
-    patterns = ('normalized/demo_*.png', 'labels_instance/demo_*_label.png', 'normalized/.tmp_*',
-                'labels_instance/.tmp_*', '.tmp_*')
-    ours = [path for pattern in patterns for path in out.glob(pattern)]
-    ours += [out / 'split.json'] if ours else []
-    for path in sorted(out.rglob('*')):
-        if not path.is_dir() and path not in ours:
+    name = r'demo_(train|val|test)_\d+'
+    ours = re.compile(rf'normalized/{name}\.png|labels_instance/{name}_label\.png|'
+                      r'(normalized/|labels_instance/)?\.tmp_[0-9a-f]{32}\.\w+')
+    files = [path for path in sorted(out.rglob('*')) if not path.is_dir()]
+    made = [path for path in files if ours.fullmatch(path.relative_to(out).as_posix())]
+    made += [out / 'split.json'] if made else []
+    for path in files:
+        if path not in made:
             raise InputError(f'{path} was not made by this script; name an empty or new folder instead of {out}')
-    for path in ours:
+    for path in made:
         path.unlink(missing_ok=True)
 
 

@@ -169,8 +169,8 @@ def set_section(results, number, set_name, names, n_bytes):
     scores, means, definitions = read(metrics_file, parse_metrics) if metrics_file.exists() else ({}, {}, {})
     objects = {name: read(folder / f'{name}_objects.csv', parse_objects) for name in names}
     if not scores and any(ious is not None for _, ious in objects.values()):
-        raise InputError(f'{folder} has objects that were compared with labels, and there is no {metrics_file}: a test '
-                         f'did not finish; {AGAIN}, or with another --save-dir')
+        raise InputError(f'{folder} has objects that were compared with labels, and there is no {metrics_file}; '
+                         f'{AGAIN} on all images, or with another --save-dir')
     links = {name: f'image-{number}-{i}' for i, name in enumerate(names, start=1)}
     area, iou = (np.concatenate([values for values in column if values is not None] or [[]])
                  for column in zip(*objects.values()))

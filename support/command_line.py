@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from support.files import results_folder, run_of, write_text
-from support.script import InputError, Parser, expand_home, note
+from support.script import InputError, Parser, expand_home
 
 # paths that may not be '' on the command line, where that is an "$UNSET" of a shell
 PATHS = {*(('train', name) for name in ('data_dir', 'save_dir', 'checkpoint', 'init_from')),
@@ -288,8 +288,6 @@ class CommandLine:
         if self.script == 'train':
             return max(numbers, default=0) + 1
         saved = [n for n in numbers if (folder / str(n) / 'checkpoints' / f'checkpoint_{epoch}.pth.tar').is_file()]
-        if saved and max(saved) < max(numbers) and ('test', 'model_path') not in self.given:
-            note(f'{folder}/{max(numbers)} has no checkpoint_{epoch}.pth.tar; taking that of run {max(saved)}')
         return max(saved or numbers, default=1)
 
     def _check_values(self):

@@ -30,6 +30,7 @@ MULTI_ORGAN_SPLIT = {
                   'Stomach_TCGA-KB-A93J-01A-01-TS1', 'Stomach_TCGA-RD-A8N9-01A-01-TS1'),
 }
 PUBLISHED_ANCHOR = 'Prostate_TCGA-G9-6356-01Z-00-DX1'                # the image whose colours the others get
+BY_SYSTEMS = ('.DS_Store', '._', '.directory', '.nfs')              # hidden files that no user makes
 SPLITS = ('train', 'val', 'test_same', 'test_diff', 'testA', 'testB')
 
 
@@ -372,7 +373,7 @@ def refuse_data_dir(options):
     except (OSError, ValueError, KeyError, TypeError):                   # no report, or not one of ours
         ours = set()
     others = [path.relative_to(data_dir).as_posix() for path in sorted(data_dir.rglob('*'))
-              if (path.is_symlink() or not path.is_dir()) and path.name != '.DS_Store']
+              if (path.is_symlink() or not path.is_dir()) and not path.name.startswith(BY_SYSTEMS)]
     others = [name for name in others if name not in ours]
     if others:
         raise InputError(f'{data_dir} holds {len(others)} files that no preparation made: {", ".join(others[:5])}; '

@@ -1,6 +1,7 @@
 """Read images and instance labels, and list folders of them."""
 import gzip
 import io
+import itertools
 import json
 import logging
 import re
@@ -79,7 +80,9 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
         raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
     files = {composed(p.name.removesuffix('.gz').rpartition('.')[0] if p.suffix == '.gz' else p.stem): p
              for p in list_images(label_dir, extensions)}
-    stems = {composed(path.stem) for path in images}            # the label a_GT is that of an image a_GT, not of an a
+    # the label a_GT is that of an image a_GT, not of an a; also if only a is to be tested
+    beside = images[0].parent.iterdir() if images and images[0].parent.is_dir() else ()
+    stems = {composed(path.stem) for path in (*images, *beside) if path.suffix.lower() in IMAGE_EXTENSIONS}
     labels = [[files[stem + ending] for ending in LABEL_ENDINGS
                if stem + ending in files and (not ending or stem + ending not in stems)]
               for stem in (composed(path.stem) for path in images)]
@@ -383,8 +386,13 @@ def _read_with_tifffile(path):
                 raise ValueError('a strip is longer than the file')
             if min(page.databytecounts) == 0:                            # tifffile would fill it with zeros
                 raise ValueError('a strip is missing')
+            pages = itertools.islice(file.pages, 1, 2)
+            if any(not other.is_reduced for other in pages):
+                raise InputError(f'{path} has several pages; expected one image per file')
             pixels = page.asarray()
             return np.moveaxis(pixels, 0, -1) if page.axes[0] == 'S' else pixels
+    except InputError:
+        raise
     except Exception as error:
         if 'imagecodecs' in str(error) or isinstance(error, ImportError):
             raise InputError(f'{path} is a TIFF whose kind and compression are not supported together; save it '
@@ -567,10 +575,12 @@ def _check_elements(data, order):
 
 def _decode_label(path, max_megapixels):
     page = _first_page(path) if path.suffix.lower() in ('.tif', '.tiff') else None
-    big_endian = page is not None and page.parent.byteorder == '>'
-    if page is not None and page.dtype is not None and (page.dtype.itemsize == 8 or page.dtype == np.float16
-                                                        or (page.dtype.itemsize == 4 and big_endian)):
+    if page is not None and page.dtype is not None and (
+            page.dtype.itemsize == 8 or page.dtype == np.float16
+            or (page.dtype == np.uint32 and page.parent.byteorder == '>')):
         _check_megapixels(path, page.imagewidth, page.imagelength, max_megapixels)
+        if page.tags.valueof(274, 1) != 1:
+            raise InputError(f'{path} has an orientation; turn its pixels')
         return _read_with_tifffile(path)                          # Pillow has no such numbers
     image = open_image(path, max_megapixels)
     if image.format == 'JPEG':

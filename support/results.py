@@ -50,7 +50,7 @@ def refuse_mixed_results(folder, sets):
     if len(tests) > 1:
         first, second, *_ = tests.values()
         raise InputError(f'{first} and {second} in {folder} were tested with different weights or options; run test.py '
-                         f'again on all images, or with another --save-dir')
+                         f'again on all images, with --overwrite True or another --save-dir')
 
 
 def means(rows):
@@ -115,6 +115,8 @@ class Results:
             return False
         if finished:
             self.records[path.stem] = record
+            if 'test' not in record:                                         # of an earlier version
+                self.finish(path.stem, None)
         return finished
 
     def save_images(self, name, image, instances, inside, contour, truth, matches):
@@ -139,7 +141,7 @@ class Results:
 
     def finish(self, name, scores):
         """Write the record of an image. scores: Scores, or None without ground truth."""
-        record = {'files': [], 'test': self.test_hash, **self.records[name]}
+        record = {'files': [], **self.records[name], 'test': self.test_hash}
         if scores is not None:
             table = {field: value if isinstance(value, int) else np.asarray(value).tolist()
                      for field, value in scores.table._asdict().items() if field not in ('pred_map', 'gt_map')}

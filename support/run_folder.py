@@ -162,7 +162,8 @@ class TrainingState:
             before = checkpoint.get('options', {}).get('train', {}).get('num_epochs', 0)
             if opt.train['num_epochs'] > before and self.total_steps > self.steps_planned:
                 raise InputError(f'the run of {path} ends after {self.steps_planned} steps, which its --max-minutes '
-                                 f'gave; leave out --epochs, or start a new run from its weights with --init-from')
+                                 f'gave: --epochs may be at most {self.steps_planned // self.steps_per_epoch}; or '
+                                 f'start a new run from its weights with --init-from')
             self.total_steps = min(self.total_steps, self.steps_planned)
         self.sums, self.count = np.array(checkpoint['meter'][0]), checkpoint['meter'][1][0]
         self.seconds_before = checkpoint['minutes'] * 60
@@ -264,12 +265,12 @@ class Run:
                 raise InputError(f'{folder} is not empty; resume the run in it with --checkpoint-path '
                                  f'{folder}/checkpoints/checkpoint.pth.tar, choose another --save-dir, or replace the '
                                  f'run with --overwrite True')
-            if folder.resolve() in Path(opt.train['init_from'] or '/').resolve().parents:
+            start, old_files = opt.train['checkpoint'] or opt.train['init_from'], [folder / name for name in RUN_FILES]
+            if start and any(Path(start).resolve().is_relative_to(path.resolve()) for path in old_files):
                 self.lock.release()
-                raise InputError(f'--overwrite True would delete {opt.train["init_from"]}, from which this run starts; '
-                                 f'give another --save-dir')
-            for name in RUN_FILES:
-                path = folder / name
+                raise InputError(f'--overwrite True would delete {start}, from which this run starts; give another '
+                                 f'--save-dir')
+            for path in old_files:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         latest = folder / 'checkpoints' / 'checkpoint.pth.tar'
         allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given      # for this resume, not stored
@@ -282,7 +283,7 @@ class Run:
         self.folder, self.checkpoints = folder, folder / 'checkpoints'
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if opt.train['checkpoint']:
-            self.take_best_checkpoint(run)
+            self.take_best_checkpoint(run, overwrites=resumes and allowed)
         self.opt.save(folder)
         log.handlers.clear()
         log.setLevel(logging.INFO)
@@ -293,13 +294,16 @@ class Run:
         self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
         self.last_saved, self.last_grid, self.last_drawn = time.monotonic(), state.epoch, -math.inf
 
-    def take_best_checkpoint(self, run):
-        """Of a resumed run, keep the best checkpoint so far, from the folder `run`; remove those of later epochs."""
+    def take_best_checkpoint(self, run, overwrites):
+        """Of a resumed run, take the best checkpoint so far along, from its folder `run`.
+
+        overwrites: the run goes back to an earlier epoch; the checkpoints of later ones are removed.
+        """
         best = self.checkpoints / 'checkpoint_best.pth.tar'
-        source = Path(run or self.folder, 'checkpoints', best.name)
-        if source.is_file() and not best.exists():
+        source = Path(run, 'checkpoints', best.name)
+        if run and not best.exists() and 0 < epochs_of(source) <= self.state.epoch:
             save_checkpoint(best, load_checkpoint(source))
-        for path in [best, *self.checkpoints.glob('checkpoint_[0-9]*.pth.tar')]:
+        for path in [best, *self.checkpoints.glob('checkpoint_[0-9]*.pth.tar')] if overwrites else []:
             if epochs_of(path) > self.state.epoch:
                 path.unlink()
         if not best.is_file():

@@ -254,6 +254,15 @@ def test_ids_of_few_bits_are_not_spread(tmp_path, bits, row, ids):
     assert read_instance_label(tmp_path / 'a.png').tolist() == [ids]
 
 
+@pytest.mark.parametrize('dtype', [np.uint32, np.int32, np.float32, np.uint64])
+def test_big_endian_labels_of_several_pages_or_turned(tmp_path, dtype):
+    tifffile.imwrite(tmp_path / 'a.tif', np.stack([IDS, IDS]).astype(dtype), byteorder='>', photometric='minisblack')
+    tifffile.imwrite(tmp_path / 'b.tif', IDS.astype(dtype), byteorder='>', extratags=[(274, 3, 1, 3, True)])
+    for name, message in (('a.tif', 'pages; expected one image per file'), ('b.tif', 'b.tif has an orientation; turn')):
+        with pytest.raises(InputError, match=message):
+            read_instance_label(tmp_path / name)
+
+
 def test_large_ids(tmp_path):
     ids = np.array([[0, 70_000], [1, 2_000_000_000]], np.uint32)
     tifffile.imwrite(tmp_path / 'a.tif', ids)

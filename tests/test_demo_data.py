@@ -96,7 +96,7 @@ def test_earlier_output_is_replaced_and_other_folders_refused(tmp_path):
     assert files(out) == before
 
     (tmp_path / 'mine/normalized/talk').mkdir(parents=True)
-    for name in ('split.json', 'normalized/talk/demo_talk.png'):
+    for name in ('split.json', 'normalized/talk/demo_talk.png', 'normalized/demo_patient7.png'):
         (tmp_path / 'mine' / name).write_text('mine')
         with pytest.raises(InputError, match=f'{name} was not made by this script'):
             make_demo_data.main([str(tmp_path / 'mine'), *few])

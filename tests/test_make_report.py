@@ -202,7 +202,7 @@ def test_only_what_the_last_test_made_is_reported(results, tmp_path):
     make_report.main([str(root)])
     assert (root / 'report.html').read_bytes() == (results / 'report.html').read_bytes()
     (root / 'test_same_metrics.json').unlink()                                 # as when a test is stopped
-    with pytest.raises(InputError, match='compared with labels, and there is no .*_metrics.json: a test did'):
+    with pytest.raises(InputError, match='compared with labels, and there is no .*_metrics.json; run test.py again'):
         make_report.main([str(root)])
 
 

@@ -118,6 +118,8 @@ def test_what_does_not_say_its_pixel_size_is_refused(tmp_path, weights):
             ('a.png', golden, '--mpp 0.5 --n-layers 4 --growth-rate 8', 'tiny_.* does not say the pixel size of its'),
             ('a.png', ours, '--mpp 0.5 --scale-factor 2', '--mpp and --scale-factor both say'),
             ('a.png', weights['GlaS'], '--scale-factor 2', '--scale-factor is 2, but .* 208 pixels; give --mpp'),
+            ('a.png', golden, '--dataset GlaS --mpp 0.5 --n-layers 4 --growth-rate 8',
+             'give --transform.test.scale inst'),
             ('a.png', ours, '--mpp 0', "--mpp is '0'; expected a number of um above 0, or auto")):
         with pytest.raises(InputError, match=message):
             result(model, tmp_path / path, *words.split())

@@ -487,6 +487,7 @@ def test_files_of_others_are_refused_and_stay(fullnet_files, prepared, tmp_path)
     save_image(tmp_path / 'out/images/train/mine_0.png', random_image(9, 250, 250))
     (tmp_path / 'out/.notes').write_text('x')
     (tmp_path / 'out/link').symlink_to(tmp_path)
+    (tmp_path / 'out/._notes').write_text('of macOS')
     before = contents(tmp_path / 'out')
     with pytest.raises(InputError, match='out holds 3 files that no preparation made: .notes, '
                                          'images/train/mine_0.png, link; move them away, or give another --data-dir'):

@@ -274,6 +274,11 @@ def test_finished_images_are_kept_until_something_changes(images, tmp_path, monk
     (Path('out') / 'set_segmentation/a_overlay.png').unlink()
     (Path('out') / 'set_records/b.1.json').write_text('{')
     assert everything(segment(images)) == first and len(seen) == 2
+    record = Path('out/set_records/a.json')
+    made_by = json.loads(record.read_text())
+    earlier = {key: value for key, value in made_by.items() if key != 'test'}               # of an earlier version
+    record.write_text(json.dumps(earlier))
+    assert everything(segment(images)) == first and len(seen) == 2 and json.loads(record.read_text()) == made_by
     capsys.readouterr()
     assert everything(segment(images, '--overwrite', 'True')) == first
     assert len(seen) == 4 and 'are kept' not in capsys.readouterr().out

@@ -301,6 +301,21 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_checkpoint_along(base, tmp_
     train.main([*words, '--save-dir', str(tmp_path / 'on')])
     best = load_checkpoint(tmp_path / 'on/checkpoints/checkpoint_best.pth.tar')
     assert best['epoch'] == 1 and best['best_iou'] == load_checkpoint(latest(tmp_path / 'on'))['best_iou'] == 0.99
+    (tmp_path / 'run/checkpoints/checkpoint_best.pth.tar').write_bytes(b'damaged')
+    train.main([*words, '--save-dir', str(tmp_path / 'on2')])
+    assert load_checkpoint(tmp_path / 'on2/checkpoints/checkpoint_best.pth.tar')['epoch'] == 2
+
+
+def test_later_checkpoints_stay_where_the_latest_is_damaged(base, tmp_path):
+    shutil.copytree(base[2], tmp_path / 'run')
+    folder = tmp_path / 'run/checkpoints'
+    for ending, epoch in (('_1', 1), ('_7', 7), ('_best', 7)):
+        save_checkpoint(folder / f'checkpoint{ending}.pth.tar', base[0] | {'epoch': epoch, 'best_iou': 0.99})
+    (folder / 'checkpoint.pth.tar').write_bytes(b'damaged')
+    train.main(['--checkpoint-path', str(folder / 'checkpoint_1.pth.tar'), '--epochs', '2'])
+    kept = {path.name: load_checkpoint(path)['epoch'] for path in folder.iterdir()}
+    assert kept == {'checkpoint.pth.tar': 2, 'checkpoint_1.pth.tar': 1, 'checkpoint_7.pth.tar': 7,
+                    'checkpoint_best.pth.tar': 7}
 
 
 def test_a_full_disk_at_the_end_of_an_epoch_loses_nothing(data, tmp_path, monkeypatch):
@@ -352,7 +367,7 @@ def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
     first, _ = run(data, tmp_path / 'run', '--max-minutes', '0.03', '--epochs', '1000')
     assert 1 <= first['step'] == first['total_steps'] == first['steps_planned'] < 2000
     assert resume(tmp_path / 'run')[0]['step'] == first['step']
-    with pytest.raises(InputError, match='ends after .* steps, which its --max-minutes gave; leave out --epochs, or'):
+    with pytest.raises(InputError, match='ends after .* steps, which its --max-minutes gave: --epochs may be at most'):
         resume(tmp_path / 'run', '--epochs', '2000')
     save_checkpoint(latest(tmp_path / 'run'), first | {'steps_planned': True})            # as earlier versions wrote it
     assert resume(tmp_path / 'run')[0]['step'] == first['step']
@@ -500,9 +515,12 @@ def test_a_checkpoint_of_glands_elsewhere_is_resumed_among_the_runs_of_glands(tm
 
 def test_a_run_does_not_delete_the_weights_it_starts_from(base, data, tmp_path):
     shutil.copytree(base[2], tmp_path / 'run')
+    shutil.copy(latest(base[2]), tmp_path / 'run/start.pth.tar')
     with pytest.raises(InputError, match='--overwrite True would delete .*checkpoint.pth.tar, from which this run'):
         run(data, tmp_path / 'run', '--init-from', str(latest(tmp_path / 'run')), '--overwrite', 'True')
     assert latest(tmp_path / 'run').is_file()
+    run(data, tmp_path / 'run', '--init-from', str(tmp_path / 'run/start.pth.tar'), '--overwrite', 'True')
+    assert (tmp_path / 'run/start.pth.tar').is_file()
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(data, tmp_path):

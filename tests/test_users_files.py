@@ -233,9 +233,12 @@ def test_a_label_belongs_to_one_image(tmp_path):
     images = [save(tmp_path / f'images/{name}.png', IMAGE) for name in ('a', 'a_GT')]
     labels = [save(tmp_path / f'labels/{name}.png', INSTANCES) for name in ('a_label', 'a_GT')]
     assert find_labels(images, tmp_path / 'labels') == labels
+    assert find_labels(images[:1], tmp_path / 'labels') == labels[:1]
     labels[0].unlink()                                            # a_GT is an image: its label is not that of a
     with pytest.raises(InputError, match='1 instance labels of images missing in .*labels: a.png'):
         find_labels(images, tmp_path / 'labels')
+    with pytest.raises(InputError, match='1 instance labels of images missing in .*labels: a.png'):
+        find_labels(images[:1], tmp_path / 'labels')
     images = [save(tmp_path / f'more/{name}.png', IMAGE) for name in ('x', 'x_cp')]
     save(tmp_path / 'labels/x_cp_masks.png', INSTANCES)
     with pytest.raises(InputError, match='x_cp_masks.png is named as the label of both x.png and x_cp.png; rename it'):
