@@ -75,7 +75,7 @@ def scores_of(results, weights):
     metrics = json.loads(files[0].read_text(encoding='utf-8'))
     if 'made_by' not in metrics:
         raise InputError(f'{files[0]} was written by an earlier version; run test.py again')
-    options, path = metrics['made_by'], Path(metrics['made_by']['test']['model_path'])
+    options, path = metrics['made_by'], Path(metrics['made_by']['model_path'])
     if not path.is_file() or sha256_of(path) != options['weights_sha256']:
         raise InputError(f'{path} is not the file any more that has the scores in {results}; run test.py again')
     scored = load_checkpoint(path)['state_dict']

@@ -80,13 +80,14 @@ class Results:
     """
 
     def __init__(self, folder, set_name, opt, mean_std, rank=0):
-        self.folder, self.set_name, self.dataset, self.options = folder, set_name, opt.dataset, opt.as_dict()
+        self.folder, self.set_name, self.dataset = folder, set_name, opt.dataset
         ignored = ('data_dir', 'epoch', 'gpu', 'img_dir', 'label_dir', 'save_dir', 'model_path', 'max_megapixels',
                    'batch_size', 'overwrite', 'preset')
-        self.weights_sha256 = sha256_of(opt.test['model_path'])
+        self.made_by = {'model_path': opt.test['model_path'], 'weights_sha256': sha256_of(opt.test['model_path']),
+                        'test': {name: value for name, value in opt.test.items() if name not in ignored},
+                        'post': opt.post}
         self.made_of = [RESULT_VERSION, opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
-                        self.weights_sha256,
-                        {name: value for name, value in opt.test.items() if name not in ignored}]
+                        self.made_by['weights_sha256'], self.made_by['test']]
         self.test_hash = hash_of(self.made_of)                         # of an image it has the image and its label too
         self.records = {}
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
@@ -175,7 +176,7 @@ class Results:
         summary = {'dataset': self.dataset, 'set': self.set_name,
                    'definitions': {key: DEFINITIONS[key] for key in mean},
                    'images': dict(zip(images, rows)), 'mean': mean, 'pooled': pooled,
-                   'made_by': {'weights_sha256': self.weights_sha256, **self.options}}
+                   'made_by': self.made_by}
         write_text(self.folder / f'{self.set_name}_metrics.json', json.dumps(summary, indent=1) + '\n')
         lines = [['image', *mean]] + [[name, *('' if value is None else f'{value:.6f}' for value in row.values())]
                                       for name, row in zip((*images, 'mean', 'pooled'), (*rows, mean, pooled))]

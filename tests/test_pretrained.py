@@ -105,7 +105,7 @@ def test_scores_and_preset_are_those_of_the_labelled_test(made, tmp_path):
     checkpoint = tmp_path / 'stage2/checkpoints/checkpoint_best.pth.tar'
     shutil.copytree(made / 'stage2', tmp_path / 'stage2')
     metrics = json.loads((tmp_path / 'scores/val_full_metrics.json').read_text())
-    metrics['made_by']['test']['model_path'] = str(checkpoint)
+    metrics['made_by']['model_path'] = str(checkpoint)
     (tmp_path / 'scores/val_full_metrics.json').write_text(json.dumps(metrics))
     test_script.main(['--model-path', str(checkpoint), '--img-dir', str(made / 'data/images/test_same'), '--min-area',
                       '7', '--gpu', 'cpu', '--save-dir', str(tmp_path / 'scores')])            # without labels
