@@ -65,10 +65,7 @@ def main(argv=None):
 # What test.py wrote
 
 def find_sets(results):
-    """{set: [image names]} of the `{set}_segmentation` folders in `results`, both sorted. Raises InputError.
-
-    The images of a set are those that have scores; if none has, all whose files are there.
-    """
+    """{set: [image names]} of the `{set}_segmentation` folders in `results`, both sorted. Raises InputError."""
     if not results.is_dir():
         raise InputError(f'no folder {results}; expected the save_dir of test.py')
     folders = sorted(path for path in results.iterdir() if path.is_dir() and path.name.endswith('_segmentation'))
@@ -83,9 +80,7 @@ def find_sets(results):
         if not names:
             raise InputError(f'{folder} is empty: expected the *_seg.tiff, *_overlay.png and *_objects.csv of '
                              f'test.py; {AGAIN}')
-        name = folder.name.removesuffix('_segmentation')
-        metrics = results / f'{name}_metrics.json'
-        sets[name] = sorted(read(metrics, parse_metrics)[0] if metrics.exists() else names)
+        sets[folder.name.removesuffix('_segmentation')] = sorted(names)
     return sets
 
 
@@ -145,11 +140,15 @@ def parse_objects(text):
 
 def report_page(results):
     """The whole page, HTML text, about the folder `results`. Raises InputError for what is missing or damaged."""
-    sets = find_sets(results)
+    sets, metrics = find_sets(results), {}
+    for set_name, names in sets.items():
+        path = results / f'{set_name}_metrics.json'
+        metrics[set_name] = read(path, parse_metrics) if path.exists() else ({}, {}, {})
+        sets[set_name] = sorted(metrics[set_name][0]) or names         # those with scores, or all that are there
     refuse_mixed_results(results, sets)
     options = read(results / 'test_options.json', parse_options)
     n_bytes = OVERLAY_BYTES / sum(map(len, sets.values()))
-    sections = [set_section(results, number, set_name, names, n_bytes)
+    sections = [set_section(results, number, set_name, names, metrics[set_name], n_bytes)
                 for number, (set_name, names) in enumerate(sets.items(), start=1)]
     title = f'Segmentation report: {escape(options.get("dataset", ", ".join(sets)))}'
     short = {label: options[key] for label, key in SETTINGS.items() if key in options}
@@ -163,14 +162,16 @@ def settings_table(rows):
     return '\n'.join(['<table class="settings">', *lines, '</table>'])
 
 
-def set_section(results, number, set_name, names, n_bytes):
-    """All about one set. number: from 1, for the ids of its images. n_bytes: of each overlay in the page."""
-    folder, metrics_file = results / f'{set_name}_segmentation', results / f'{set_name}_metrics.json'
-    scores, means, definitions = read(metrics_file, parse_metrics) if metrics_file.exists() else ({}, {}, {})
+def set_section(results, number, set_name, names, metrics, n_bytes):
+    """All about one set. number: from 1, for the ids of its images. metrics: of `parse_metrics`, empty without scores.
+
+    n_bytes: of each overlay in the page.
+    """
+    folder, (scores, means, definitions) = results / f'{set_name}_segmentation', metrics
     objects = {name: read(folder / f'{name}_objects.csv', parse_objects) for name in names}
     if not scores and any(ious is not None for _, ious in objects.values()):
-        raise InputError(f'{folder} has objects that were compared with labels, and there is no {metrics_file}; '
-                         f'{AGAIN} on all images, or with another --save-dir')
+        raise InputError(f'{folder} has objects that were compared with labels, and there is no '
+                         f'{results / set_name}_metrics.json; {AGAIN} on all images, or with another --save-dir')
     links = {name: f'image-{number}-{i}' for i, name in enumerate(names, start=1)}
     area, iou = (np.concatenate([values for values in column if values is not None] or [[]])
                  for column in zip(*objects.values()))

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from support.files import write_text
-from support.images import (GEOJSON_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS, composed, find_labels,
-                            labels_by_name, list_images, missing_files_message, number_pieces, read_json)
+from support.images import (GEOJSON_EXTENSIONS, LABEL_EXTENSIONS, composed, find_labels, labels_by_name,
+                            list_images, missing_files_message, number_pieces, read_json)
 from support.script import InputError, note
 
 # The published split of the Multi-Organ data set (30 images of the first MoNuSeg release).

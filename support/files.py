@@ -2,6 +2,7 @@
 import atexit
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -131,6 +132,11 @@ def sha256_of(path):
         while piece := file.read(2 ** 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def hash_of(values):
+    """SHA-256 of values that JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def save_image(path, array):

@@ -1,6 +1,5 @@
 """What test.py writes: tables of scores and of objects, and a record of each image."""
 import csv
-import hashlib
 import io
 import json
 import warnings
@@ -9,7 +8,7 @@ import numpy as np
 from skimage.measure import regionprops
 from tqdm import tqdm
 
-from support.files import FolderLock, save_image, save_instances, sha256_of, write_text
+from support.files import FolderLock, hash_of, save_image, save_instances, sha256_of, write_text
 from support.images import read_json, resize_bilinear
 from support.objects import OverlapTable, pool
 from support.pictures import colour_instances, draw_overlay
@@ -34,11 +33,6 @@ DEFINITIONS = {           # of the columns, in {set}_metrics.json
 OBJECT_COLUMNS = ('id', 'centroid_y', 'centroid_x', 'bbox_top', 'bbox_left', 'bbox_bottom', 'bbox_right', 'area',
                   'perimeter', 'eccentricity', 'solidity', 'mean_inside_probability')
 RESULT_VERSION = 3      # raise it when the same input gives other results, so that old results are recomputed
-
-
-def hash_of(values):
-    """The SHA-256 of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def refuse_mixed_results(folder, sets):

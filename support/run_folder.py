@@ -1,6 +1,5 @@
 """The run folder: what training writes, and how a run is resumed."""
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -9,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import time
-import unicodedata
 from pathlib import Path
 
 import cv2
@@ -21,8 +19,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from support.checkpoints import WeightAverage, load_checkpoint, load_weights, save_checkpoint
-from support.files import FolderLock, atomic_path, run_of, save_image, sha256_of, write_text
-from support.images import shorter_side
+from support.files import FolderLock, atomic_path, hash_of, run_of, save_image, sha256_of, write_text
+from support.images import composed, shorter_side
 from support.pictures import as_picture, class_colours, tile
 from support.script import InputError
 
@@ -212,8 +210,7 @@ def facts_of_data(train_set, val_set, mean_std, checkpoint, path):
     shorter_side: of the training images, in pixels, for the size of images in testing after the transform `scale`.
     image_names: a hash. Raises InputError if the checkpoint to resume, loaded from `path`, has another one.
     """
-    names = json.dumps([[unicodedata.normalize('NFC', name) for name in data.names] for data in (train_set, val_set)])
-    names = hashlib.sha256(names.encode()).hexdigest()
+    names = hash_of([[composed(name) for name in data.names] for data in (train_set, val_set)])
     if checkpoint.get('image_names', names) != names:
         raise InputError(f'the run of {path} had other training or validation images; prepare them as they were, with '
                          f'the same split and patch size, or start a new run with --init-from')
