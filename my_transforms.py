@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from scipy.interpolate import BSpline
 from skimage.color import hed_from_rgb, rgb_from_hed
+from skimage.morphology import disk
 from torch.nn import functional as F
 
 from support.script import InputError
-from utils import disk
 
 
 class Compose:
@@ -232,11 +232,11 @@ class LabelEncoding:
     """
 
     def __init__(self, radius):
-        self.footprint = disk(radius).astype(np.uint8)
+        self.footprint = disk(radius)
 
     def __call__(self, images, rng):
         inside = (np.asarray(images[-1].getchannel(0)) > 127.5).astype(np.uint8)
-        outer = cv2.dilate(inside, disk(1).astype(np.uint8))         # both ignore what is outside the image
+        outer = cv2.dilate(inside, disk(1))         # both ignore what is outside the image
         inner = cv2.erode(inside, self.footprint)
         return [*images[:-1], Image.fromarray(np.where(outer > inner, np.uint8(2), inside))]
 
@@ -288,6 +288,5 @@ def get_transforms(params):
     unknown = [name for name in params if name not in TRANSFORMS]
     if unknown:
         raise InputError(f"unknown transform '{unknown[0]}'; expected one of {', '.join(TRANSFORMS)}")
-    transforms = [TRANSFORMS[name](value) for name, value in params.items()
-                  if not (name.endswith('_flip') and not value)]
+    transforms = [TRANSFORMS[name](value) for name, value in params.items() if value is not False]
     return Compose([InsideBand(), *transforms] if 'label_encoding' in params else transforms)

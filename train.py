@@ -61,7 +61,7 @@ def main(argv=None):
     data = facts_of_data(train_set, val_set, mean_std, checkpoint or {}, train['checkpoint'])
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
     workers = loader_processes(train['workers'], processes)
-    common = dict(collate_fn=batch_items, worker_init_fn=start_loader, generator=torch.Generator(),
+    common = dict(collate_fn=batch_items, worker_init_fn=start_loader,
                   pin_memory=processes.device.type == 'cuda')
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=workers, **common)
     val_loader = DataLoader(val_set, sampler=processes.own_images(len(val_set)), num_workers=min(1, workers),
@@ -272,8 +272,6 @@ def load_data(opt, split, mean_std):
     data_dir, transform = Path(opt.train['data_dir']), dict(opt.transform[split])
     if transform.get('normalize'):
         transform['normalize'] = mean_std
-    else:
-        transform.pop('normalize', None)
     folders = [data_dir / part / split for part in ('images', 'weight_maps', 'labels')]
     return DataFolder(folders, POST_FIX[opt.dataset], [3, 1, 3], get_transforms(transform))
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from support.checkpoints import load_checkpoint  # noqa: F401  (imported from here, as in the published code)
 from support.images import resize_bilinear
-from support.objects import (ObjectShapes, check_labels, hausdorff_distances, nearest_object_distances, overlap_table,
+from support.objects import (ObjectShapes, check_labels, hausdorff_distance, nearest_object_distance, overlap_table,
                              table_of, without_small_gt)
 
 # ---------------------------------------------------------------------------------------------------
@@ -178,12 +178,6 @@ def predict_in_bands(predict, image, size, overlap, tta='full', n_classes=3, bat
 # Post-processing (test-time; paper section 3)
 # ---------------------------------------------------------------------------------------------------
 
-def disk(radius):
-    """Disk-shaped footprint, bool (2 radius + 1, 2 radius + 1): the pixels within `radius` of the centre."""
-    y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
-    return x * x + y * y <= radius * radius
-
-
 def remove_small_components(mask, min_area):
     """Remove the 4-connected components of fewer than `min_area` pixels from a bool mask (H, W)."""
     components, n = ndimage.label(mask)
@@ -257,7 +251,7 @@ def dilate(instances, radius, rows=2048):
     The higher id wins, as published: it also overwrites the edge of an instance nearer than `radius` pixels. rows: how
     many rows are dilated at a time, which bounds the memory.
     """
-    footprint = disk(radius).astype(np.uint8)
+    footprint = morphology.disk(radius)
     fits_16_bits = instances.max(initial=0) <= np.iinfo(np.uint16).max       # OpenCV dilates no larger integers
     above = instances[:0]                                            # the last rows of the piece above, undilated
     for top in range(0, len(instances), rows):
@@ -356,8 +350,8 @@ def nuclei_scores_of(table):
     if len(pairs) == 0:
         return NucleiScores(0.0, 0.0, 0.0, 0.0, 0.0, np.nan, 0.0)
     iou = table.iou[pairs]
-    distances = hausdorff_distances(ObjectShapes(table.pred_map), table.pred[pairs],
-                                    ObjectShapes(table.gt_map), table.gt[pairs])
+    pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
+    distances = [hausdorff_distance(pred_shapes, table.pred[i], gt_shapes, table.gt[i]) for i in pairs]
     return NucleiScores(*_detection_scores(len(pairs), table), dice=float(np.mean(2 * iou / (1 + iou))),
                         iou=float(np.mean(iou)), hausdorff=float(np.mean(distances)), AJI=_aji(table, pairs))
 
@@ -385,8 +379,8 @@ def gland_scores_of(table):
 
     pred_shapes, gt_shapes = ObjectShapes(table.pred_map), ObjectShapes(table.gt_map)
     distance = np.full(len(table.iou), np.nan)                # computed once for pairs that are in both lists
-    pairs = np.union1d(pred_pairs, gt_pairs)
-    distance[pairs] = hausdorff_distances(pred_shapes, table.pred[pairs], gt_shapes, table.gt[pairs])
+    for i in np.union1d(pred_pairs, gt_pairs):
+        distance[i] = hausdorff_distance(pred_shapes, table.pred[i], gt_shapes, table.gt[i])
     gt_means = _gland_means(gt_shapes, pred_shapes, table.gt[gt_pairs], table.iou[gt_pairs], distance[gt_pairs])
     pred_means = _gland_means(pred_shapes, gt_shapes, table.pred[pred_pairs], table.iou[pred_pairs],
                               distance[pred_pairs])
@@ -513,7 +507,7 @@ def _gland_means(own_shapes, other_shapes, own, iou, distance):
     scores = np.zeros((n_objects, 3))
     scores[own - 1] = np.stack([2 * iou / (1 + iou), iou, distance], axis=1)
     alone = np.setdiff1d(np.arange(1, n_objects + 1), own)
-    scores[alone - 1, 2] = nearest_object_distances(own_shapes, alone, other_shapes)
+    scores[alone - 1, 2] = [nearest_object_distance(own_shapes, i, other_shapes) for i in alone]
     return np.average(scores, axis=0, weights=own_shapes.area)
 
 

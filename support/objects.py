@@ -2,7 +2,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
+from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage import measure
 
@@ -10,7 +10,6 @@ from support.pictures import find_edges
 from support.script import InputError
 
 NO_OBJECT_HAUSDORFF = 1e5                          # pixels: distance to an image without objects, as published (GlaS)
-PIXELS_AT_ONCE = 2 ** 23                           # objects with about so many pixels together are computed at a time
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -108,107 +107,54 @@ def check_labels(pred, gt, axes):
 # ---------------------------------------------------------------------------------------------------
 
 class ObjectShapes:
-    """The pixels of the objects 1..n of a label map, int (H, W), as the functions below need them.
+    """The objects 1..n of a label map, int (H, W). area: (n,) pixels. slices: of their bounding boxes.
 
-    flat_map: (H * W,), the label map. on_edge: bool (H * W,), whether a 4-neighbour of the pixel has another value or
-    lies outside the image. pixels, edges: sparse bool (n + 1, H * W); row i holds all pixels of object i, and those on
-    its edge. area: (n,) pixels. boxes: (n, 4), top, left, bottom, right of the bounding boxes, inclusive.
+    edges: bool (H, W), whether a 4-neighbour of the pixel has another value or lies outside the image.
     """
 
     def __init__(self, label_map):
-        self.width = label_map.shape[1]
-        self.flat_map, self.on_edge = label_map.ravel(), find_edges(label_map).ravel()
-        places = np.flatnonzero(label_map)
-        n = label_map.max()
-        self.pixels = self._rows(places, n)
-        self.edges = self._rows(places[self.on_edge[places]], n)
-        self.area = np.diff(self.pixels.indptr)[1:]
-        y, x = np.divmod(self.edges.indices, self.width)
-        starts = self.edges.indptr[1:-1]                              # every object has an edge
-        self.boxes = np.stack([np.minimum.reduceat(y, starts), np.minimum.reduceat(x, starts),
-                               np.maximum.reduceat(y, starts), np.maximum.reduceat(x, starts)], axis=1)
+        self.label_map, self.edges = label_map, find_edges(label_map)
+        self.slices = ndimage.find_objects(label_map)
+        self.area = np.bincount(label_map.ravel())[1:]
+        self.boxes = np.array([(rows.start, columns.start, rows.stop, columns.stop) for rows, columns in self.slices])
 
-    def _rows(self, places, n):
-        """Sparse bool (n + 1, H * W): the pixels at `places` of the flat map, by object.
-
-        Converting a sparse matrix to rows sorts the pixels by object in linear time.
-        """
-        rows = (np.ones(len(places), bool), (self.flat_map[places], places))
-        return sparse.coo_array(rows, shape=(n + 1, len(self.flat_map))).tocsr()
+    def pixels(self, i, on_edge=False):
+        """(y, x) of the pixels of object i, or of those on its edge: int (pixels, 2)."""
+        window = self.slices[i - 1]
+        mask = self.label_map[window] == i
+        if on_edge:
+            mask &= self.edges[window]
+        return np.argwhere(mask) + [side.start for side in window]
 
 
-def _pixels_of(rows, objects):
-    """All pixels of some objects: (index into `objects`, place in the flat map), both int (pixels,).
-
-    rows: `pixels` or `edges` of ObjectShapes. objects: int (n,).
-    """
-    chosen = rows[objects]
-    return np.repeat(np.arange(len(objects)), np.diff(chosen.indptr)), chosen.indices
-
-
-def hausdorff_distances(a_shapes, a, b_shapes, b):
-    """Symmetric Hausdorff distance, in pixels, between all pixels of the objects a[k] and b[k], for every k.
-
-    a_shapes, b_shapes: ObjectShapes of two maps of one shape. a, b: int (n,), objects in them. Returns float (n,).
-    """
-    pixels = int(a_shapes.area[a - 1].sum() + b_shapes.area[b - 1].sum())
-    pieces = np.array_split(np.arange(len(a)), pixels // PIXELS_AT_ONCE + 1)
-    return np.concatenate([np.maximum(_directed_hausdorff(a_shapes, a[i], b_shapes, b[i]),
-                                      _directed_hausdorff(b_shapes, b[i], a_shapes, a[i])) for i in pieces])
+def hausdorff_distance(a_shapes, a, b_shapes, b):
+    """Symmetric Hausdorff distance, in pixels, between all pixels of object a of one map and object b of another."""
+    return max(_directed_hausdorff(a_shapes, a, b_shapes, b), _directed_hausdorff(b_shapes, b, a_shapes, a))
 
 
 def _directed_hausdorff(a_shapes, a, b_shapes, b):
-    """Largest distance from a pixel of a[k] to its nearest pixel of b[k], for every k: float (n,).
+    """Largest distance from a pixel of `a` to its nearest pixel of `b`.
 
-    Most pixels can be skipped without changing the result:
-    - Pixels of `a` inside `b` have distance 0.
-    - The nearest pixel of `b` is always on b's edge. If all its 4-neighbours were in `b`, one of them would be nearer.
-    - Outside the bounding box of `b`, only the edge of `a` counts. From a pixel whose 4-neighbours are all in `a`, one
-      step away from the box leads to a pixel of `a` that is farther from all of `b`.
-    - Inside the box, a pixel that is not on a's edge but touches `b` has distance 1, the smallest distance above 0.
-
-    One k-d tree of the points (k * apart, y, x) serves all pairs, because two pairs are farther apart than any two
-    pixels of one pair.
+    Pixels of `a` inside `b` have distance 0. The nearest pixel of `b` to any other is on b's edge: if all its
+    4-neighbours were in `b`, one of them would be nearer.
     """
-    width = a_shapes.width
-    k, place = _pixels_of(a_shapes.pixels, a)
-    outside_b = b_shapes.flat_map[place] != b[k]
-    k, place = k[outside_b], place[outside_b]
-    distances = np.zeros(len(a))
-    distances[k] = 1
-    on_edge = a_shapes.on_edge[place]
-    y, x = np.divmod(place, width)
-    top, left, bottom, right = b_shapes.boxes[b[k] - 1].T
-    inner = np.flatnonzero(~on_edge & (y >= top) & (y <= bottom) & (x >= left) & (x <= right))
-    around = place[inner] + np.array([[-width], [-1], [1], [width]])                        # all in the image
-    inner = inner[(b_shapes.flat_map[around] != b[k[inner]]).all(axis=0)]
-    far = np.concatenate([np.flatnonzero(on_edge), inner])
-    k, place = k[far], place[far]
-
-    apart = width + len(a_shapes.flat_map) // width
-
-    def points(k, place):
-        return np.stack([k * apart, *np.divmod(place, width)], axis=1)
-    if len(k):
-        tree = cKDTree(points(*_pixels_of(b_shapes.edges, b)), leafsize=32, balanced_tree=False)       # faster to build
-        np.maximum.at(distances, k, tree.query(points(k, place))[0])
-    return distances
+    pixels = a_shapes.pixels(a)
+    outside = pixels[b_shapes.label_map[tuple(pixels.T)] != b]
+    return cKDTree(b_shapes.pixels(b, on_edge=True)).query(outside)[0].max() if len(outside) else 0.0
 
 
-def nearest_object_distances(shapes, objects, other_shapes):
-    """Smallest Hausdorff distance, in pixels, from each of `objects` to any object of the other map: float (n,).
+def nearest_object_distance(shapes, a, other_shapes):
+    """Smallest Hausdorff distance, in pixels, from object a to any object of the other map; else NO_OBJECT_HAUSDORFF.
 
-    It is NO_OBJECT_HAUSDORFF if the other map has no object. If the same sides of two bounding boxes are d apart, the
-    Hausdorff distance is at least d: a pixel on the outer of the two sides is at least d from all of the other object.
-    So the distance to the object with the most similar box is computed first. Then only objects whose boxes differ by
-    no more than that distance are candidates.
+    If the same sides of two bounding boxes are d apart, the Hausdorff distance is at least d. So the objects come in
+    order of d, until no other can be nearer.
     """
-    if len(objects) == 0 or len(other_shapes.boxes) == 0:
-        return np.full(len(objects), NO_OBJECT_HAUSDORFF)
-    tree, boxes = cKDTree(other_shapes.boxes), shapes.boxes[objects - 1]
-    nearest = hausdorff_distances(shapes, objects, other_shapes, tree.query(boxes, p=np.inf)[1] + 1)
-    candidates = tree.query_ball_point(boxes, nearest, p=np.inf)
-    index = np.repeat(np.arange(len(objects)), [len(others) for others in candidates])
-    distances = hausdorff_distances(shapes, objects[index], other_shapes, np.concatenate(candidates).astype(int) + 1)
-    np.minimum.at(nearest, index, distances)
+    if len(other_shapes.boxes) == 0:
+        return NO_OBJECT_HAUSDORFF
+    apart = np.abs(other_shapes.boxes - shapes.boxes[a - 1]).max(axis=1)
+    nearest = np.inf
+    for b in np.argsort(apart):
+        if apart[b] >= nearest:
+            break
+        nearest = min(nearest, hausdorff_distance(shapes, a, other_shapes, b + 1))
     return nearest

@@ -12,7 +12,6 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial.distance import directed_hausdorff
 
-from support import objects
 from support.objects import overlap_table, pool
 from support.script import InputError
 from utils import (AverageMeter, _largest_iou_sum_pairs, accuracy_pixel_level, gland_accuracy_object_level,
@@ -258,13 +257,6 @@ def test_blobs_like_the_slow_version(seed):
     equal(gland_scores_of(table), slow_gland(pred, gt))
     scores, expected = standard_metrics_of(table), slow_standard(pred, gt)
     equal([scores[key] for key in expected], list(expected.values()))
-
-
-def test_hausdorff_distances_in_pieces_are_those_of_all_at_once(monkeypatch):
-    pred, gt = blob_pair(2)
-    expected = nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)
-    monkeypatch.setattr(objects, 'PIXELS_AT_ONCE', 50)
-    assert (nuclei_accuracy_object_level(pred, gt), gland_accuracy_object_level(pred, gt)) == expected
 
 
 @pytest.mark.parametrize('seed', range(4))

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy import ndimage
+from skimage.morphology import disk
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from support.devices import choose_device
 from support.files import atomic_path, save_instances
 from support.images import read_instance_label
 from support.script import InputError
-from utils import (dilate, disk, orient, orient_back, post_process, predict_in_bands, predict_probabilities,
+from utils import (dilate, orient, orient_back, post_process, predict_in_bands, predict_probabilities,
                    split_forward)
 
 GOLDEN = Path(__file__).parent / 'golden'
