@@ -4,9 +4,9 @@
         [--jobs 2] [any option of train.py, such as --growth-rate 8]
 
 Every arm is trained with every seed under two budgets. Equal steps: as many as the FullNet arms make in `--minutes`.
-Equal minutes: FCN_pooling, which is faster, makes as many steps more as its speed allows. The speeds are those of 31
-steps at the start, one training at a time; the epochs that follow are kept in budgets.json, so that what else the
-machine does later changes nothing; the table has the minutes that each arm then took. Scores are those of the whole
+Equal minutes: FCN_pooling, which is faster, makes as many steps more as its speed allows. The speed of each network is
+measured once, over 31 steps, while nothing else trains. budgets.json keeps the numbers of epochs that follow from it,
+and a later start reads them. The table has the minutes that each arm then took. Scores are those of the whole
 validation images (val_full) without test-time augmentation. A run that is finished is not run again.
 """
 import json
@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from options import Options  # noqa: E402
-from support.checkpoints import load_checkpoint  # noqa: E402
-from support.files import atomic_path, write_text  # noqa: E402
-from support.images import list_images  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+from options import Options
+from support.checkpoints import load_checkpoint
+from support.files import atomic_path, write_text
+from support.images import list_images
+from support.script import InputError, Parser, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {                                        # name in the table: options of train.py

@@ -43,20 +43,20 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from FullNet import FullNet, create_model  # noqa: E402
-from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy  # noqa: E402
-from my_transforms import RandomElastic, get_transforms  # noqa: E402
-from options import Options  # noqa: E402
-from support.checkpoints import WeightAverage, load_checkpoint, save_checkpoint  # noqa: E402
-from support.devices import MixedPrecision, choose_device, put_on  # noqa: E402
-from support.files import save_image  # noqa: E402
-from support.images import read_image, read_instance_label  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
-from test import segment  # noqa: E402
-from utils import (accuracy_pixel_level, nuclei_accuracy_object_level, split_forward, standard_metrics,  # noqa: E402
+import train
+from FullNet import FullNet, create_model
+from loss import LossVariance, VarCELoss, label_instances, weighted_cross_entropy
+from my_transforms import RandomElastic, get_transforms
+from options import Options
+from support.checkpoints import WeightAverage, load_checkpoint, save_checkpoint
+from support.devices import MixedPrecision, choose_device, put_on
+from support.files import save_image
+from support.images import read_image, read_instance_label
+from support.script import InputError, Parser, run_script
+from test import segment
+from utils import (accuracy_pixel_level, nuclei_accuracy_object_level, split_forward, standard_metrics,
                    window_grid)
-from weight_map import object_boundaries, weight_map  # noqa: E402
+from weight_map import object_boundaries, weight_map
 
 SIZE = 208
 MODES = {'plain': dict(mode='plain'), 'plain, channels last': dict(mode='plain'), 'fast': dict(mode='fast'),

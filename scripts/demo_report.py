@@ -13,14 +13,14 @@ from PIL import Image
 from skimage.filters import threshold_otsu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from prepare_data import ternary_label  # noqa: E402
-from support.files import atomic_path  # noqa: E402
-from support.images import (decode, find_labels, list_images, open_image, read_image,  # noqa: E402
+from prepare_data import ternary_label
+from support.files import atomic_path
+from support.images import (decode, find_labels, list_images, open_image, read_image,
                             read_instance_label)
-from support.pictures import HIT, draw_contours  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
-from utils import nuclei_accuracy_object_level, post_process  # noqa: E402
-from weight_map import weight_map  # noqa: E402
+from support.pictures import HIT, draw_contours
+from support.script import InputError, Parser, run_script
+from utils import nuclei_accuracy_object_level, post_process
+from weight_map import weight_map
 
 
 def network_scores(result_file):

@@ -25,9 +25,9 @@ from skimage import measure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.files import atomic_path  # noqa: E402
-from support.images import read_instance_label  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+from support.files import atomic_path
+from support.images import read_instance_label
+from support.script import InputError, Parser, run_script
 
 LABEL_ENDING = '_seg.tiff'
 TABLE_ENDING = '_objects.csv'

@@ -20,10 +20,10 @@ from skimage.color import rgb2lab
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.checkpoints import load_checkpoint, load_mean_std_of_run, save_checkpoint  # noqa: E402
-from support.files import sha256_of  # noqa: E402
-from support.images import list_images, read_image, shorter_side  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+from support.checkpoints import load_checkpoint, load_mean_std_of_run, save_checkpoint
+from support.files import sha256_of
+from support.images import list_images, read_image, shorter_side
+from support.script import InputError, Parser, run_script
 
 PRIVATE = ('data_dir', 'save_dir', 'checkpoint', 'init_from')            # paths of the machine that trained
 

@@ -26,8 +26,8 @@ import numpy as np
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.files import save_image, write_text  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+from support.files import save_image, write_text
+from support.script import InputError, Parser, run_script
 
 HEMATOXYLIN = np.array([0.74, 0.98, 0.58])      # optical density in (R, G, B) of one unit of stain
 EOSIN = np.array([0.24, 0.80, 0.44])

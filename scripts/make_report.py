@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.files import write_text  # noqa: E402
-from support.images import read_image  # noqa: E402
-from support.results import refuse_mixed_results  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+from support.files import write_text
+from support.images import read_image
+from support.results import refuse_mixed_results
+from support.script import InputError, Parser, run_script
 
 OVERLAY_BYTES = 28e6             # of all overlays in the page
 LARGEST_SIDE = 1600              # pixels of an overlay; nuclei at 40x stay legible

@@ -79,6 +79,7 @@ def main(argv=None):
     asked = Options().parse(words).train
     data_dir, save_dir = Path(asked['data_dir']), Path(asked['save_dir'])
     latest = save_dir / 'checkpoints' / 'checkpoint.pth.tar'
+    # with a comma at the end: '10,' is GPU 10, where '10' is GPUs 1 and 0
     gpu = 'auto' if asked['gpu'] == 'auto' else ','.join([*map(str, asked['gpu']), '']) or 'cpu'
     if args.minutes and latest.is_file() and not load_checkpoint(latest).get('options', {}).get(
             'train', {}).get('max_minutes'):
@@ -105,7 +106,7 @@ def main(argv=None):
 
     # 4. files of weights
     best, weights = save_dir / 'checkpoints' / 'checkpoint_best.pth.tar', {}
-    for kind in ('averaged', 'raw')[not trained['ema_decay']:]:
+    for kind in ('averaged', 'raw') if trained['ema_decay'] else ('raw',):
         weights[kind] = save_dir / f'weights_{kind}.pth.tar'
         if not weights[kind].is_file() or weights[kind].stat().st_mtime < best.stat().st_mtime:
             raw = ['--raw'] if kind == 'raw' and trained['ema_decay'] else []

@@ -18,10 +18,10 @@ import numpy as np
 from skimage import color
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test  # noqa: E402
-from support.files import save_image, write_text  # noqa: E402
-from support.images import list_images, read_image  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+import test
+from support.files import save_image, write_text
+from support.images import list_images, read_image
+from support.script import InputError, Parser, run_script
 
 
 def turn_hue(rgb, degrees):

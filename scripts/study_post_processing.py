@@ -23,13 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from options import Options  # noqa: E402
-from support.files import write_text  # noqa: E402
-from support.images import decode, find_labels, open_image, read_instance_label  # noqa: E402
-from support.objects import overlap_table  # noqa: E402
-from support.results import refuse_mixed_results  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
-from utils import gland_scores_of, post_process, remove_small_components, standard_metrics_of  # noqa: E402
+from options import Options
+from support.files import write_text
+from support.images import decode, find_labels, open_image, read_instance_label
+from support.objects import overlap_table
+from support.results import refuse_mixed_results
+from support.script import InputError, Parser, run_script
+from utils import gland_scores_of, post_process, remove_small_components, standard_metrics_of
 
 # What may change, and the values that are tried; 0 is off, except for min_area and radius.
 NUCLEI = {

@@ -18,20 +18,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import EpochBatches, batch_items  # noqa: E402
-from FullNet import create_model  # noqa: E402
-from options import Options  # noqa: E402
-from support.checkpoints import load_checkpoint, load_mean_std_of_run, load_weights, save_checkpoint  # noqa: E402
-from support.devices import choose_device  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
-from train import load_data  # noqa: E402
+from dataset import EpochBatches, batch_items
+from FullNet import create_model
+from options import Options
+from support.checkpoints import load_checkpoint, load_mean_std_of_run, load_weights, save_checkpoint
+from support.devices import choose_device
+from support.script import InputError, Parser, run_script
+from train import load_data
 
 KEPT = ('scale', 'random_crop', 'label_encoding', 'to_tensor', 'normalize')           # of the training transforms
 BATCH = 4                                             # batches of one size, so that all crops count the same
 
 
 def training_crops(train_set, batch_size):
-    """Yields normalised crops, float (batch_size, 3, H, W), without end: of each image one, then of each another."""
+    """Yield normalised crops, float (batch_size, 3, H, W), without end: one of every image, then another of each, ..."""
     batches = EpochBatches(len(train_set), batch_size, seed=0)
     loader = DataLoader(train_set, batch_sampler=batches, collate_fn=batch_items)
     yield from (image for image, *_ in loader if len(image) == batch_size)

@@ -28,12 +28,12 @@ from skimage import color, img_as_ubyte
 from skimage.data import immunohistochemistry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test as test_script  # noqa: E402
-from scripts.make_demo_data import make_gland_image, make_image  # noqa: E402
-from support.checkpoints import load_checkpoint, load_mean_std  # noqa: E402
-from support.files import save_image, sha256_of, write_text  # noqa: E402
-from support.pictures import draw_overlay  # noqa: E402
-from support.script import InputError, Parser, run_script  # noqa: E402
+import test as test_script
+from scripts.make_demo_data import make_gland_image, make_image
+from support.checkpoints import load_checkpoint, load_mean_std
+from support.files import save_image, sha256_of, write_text
+from support.pictures import draw_overlay
+from support.script import InputError, Parser, run_script
 
 OBJECTS, PROBABILITY, SCORE = 0.05, 0.01, 0.005                          # allowed differences; the first is relative
 BEGIN, END = ('<!-- written by scripts/verify_pretrained.py --write: do not edit from here -->', '<!-- to here -->')
