@@ -89,7 +89,7 @@ class TrainingState:
         self.epoch += 1
         row = [self.epoch, *self.means(), *val]
         self.history.append(row)
-        self.best_iou = max(self.best_iou, val[2]) if not math.isnan(val[2]) else self.best_iou
+        self.best_iou = max(self.best_iou, val[2])
         self.batch, self.sums, self.count = 0, np.zeros(5), 0
         return row
 
@@ -122,8 +122,8 @@ class TrainingState:
             'epoch': self.epoch, 'state_dict': self.validation_model().state_dict(), 'best_iou': self.best_iou,
             'optimizer': self.optimizer.state_dict(), 'batch': self.batch, 'step': self.step,
             'total_steps': self.total_steps, 'steps_planned': self.steps_planned, 'history': self.history,
-            'meter': (self.sums.tolist(), [self.count] * 5), 'minutes': self.minutes(),
-            'loss_scale': self.scaler.state_dict(),
+            'meter': (self.sums.tolist(), [self.count] * 5),           # one count for each sum, as in earlier versions
+            'minutes': self.minutes(), 'loss_scale': self.scaler.state_dict(),
         }
         if self.average:
             checkpoint['raw_state_dict'] = self.model.state_dict()     # the weights before averaging
@@ -189,19 +189,23 @@ def take_options_of_run(opt, checkpoint):
     if opt.dataset != stored['dataset']:               # with the defaults of that data set
         opt.parse([*opt.argv, '--dataset', stored['dataset']])
     changeable = CHANGEABLE if stored['train']['lr_schedule'] == 'none' else CHANGEABLE - {'num_epochs'}
-    groups = [('model', opt.model), ('train', opt.train), *((f'transform.{k}', v) for k, v in opt.transform.items())]
-    for group, values in groups:
-        split = group.partition('.')[2]
-        before = stored['transform'][split] if split else stored[group]
-        before = {name: value for name, value in before.items() if name not in RETIRED}
-        for name in [*before, *(name for name in values if name not in before)]:
-            given = (group, name) in opt.given
-            if given and name not in changeable and values.get(name) != before.get(name):
-                refuse_change(name, values.get(name), before.get(name), path)
-            if not given and name in before and name not in ('save_dir', 'checkpoint', 'overwrite', 'gpu'):
-                values[name] = before[name]
-        if split:
-            opt.transform[split] = before
+    kept = ('save_dir', 'checkpoint', 'overwrite', 'gpu')                # of this start, not of the run
+    for group, values in (('model', opt.model), ('train', opt.train)):
+        before = {name: value for name, value in stored[group].items() if name not in RETIRED}
+        refuse_changes(opt, group, values, before, changeable)
+        values.update({name: value for name, value in before.items()
+                       if (group, name) not in opt.given and name not in kept})
+    for split, values in opt.transform.items():
+        refuse_changes(opt, f'transform.{split}', values, stored['transform'][split], changeable)
+        opt.transform[split] = dict(stored['transform'][split])
+
+
+def refuse_changes(opt, group, values, before, changeable):
+    """Raise InputError if the command line gives an option of a group another value than the resumed run has."""
+    for name in {**before, **values}:
+        if (group, name) in opt.given and name not in changeable and values.get(name) != before.get(name):
+            flag = f'{group}.{name}' if group.startswith('transform.') else name
+            refuse_change(flag, values.get(name), before.get(name), opt.train['checkpoint'])
 
 
 def facts_of_data(train_set, val_set, mean_std, checkpoint, path):
@@ -240,7 +244,8 @@ def is_free(folder):
 
 def refuse_change(name, value, before, path):
     """Raise the InputError for an option that must keep its value when the run of the checkpoint `path` is resumed."""
-    raise InputError(f'--{name.replace("_", "-")} is {value}, but the run of {path} has {before}, and it cannot '
+    flag = name if name.startswith('transform.') else name.replace('_', '-')
+    raise InputError(f'--{flag} is {value}, but the run of {path} has {before}, and it cannot '
                      f'change when a run is resumed; leave it out, or start a new run')
 
 
@@ -252,44 +257,56 @@ class Run:
 
     def __init__(self, state, opt, data):
         self.state, self.opt, self.data = state, opt, data
-        self.lock = FolderLock(opt.train['save_dir'])
-        folder = Path(opt.train['save_dir'])
+        self.folder = Path(opt.train['save_dir'])
+        self.checkpoints = self.folder / 'checkpoints'
+        self.latest = self.checkpoints / 'checkpoint.pth.tar'
         run = run_of(opt.train['checkpoint'])
-        resumes = run and Path(run).resolve() == folder.resolve()
-        if not resumes and not is_free(folder):
-            if not opt.train['overwrite']:
-                self.lock.release()
-                raise InputError(f'{folder} is not empty; resume the run in it with --checkpoint-path '
-                                 f'{folder}/checkpoints/checkpoint.pth.tar, choose another --save-dir, or replace the '
-                                 f'run with --overwrite True')
-            start, old_files = opt.train['checkpoint'] or opt.train['init_from'], [folder / name for name in RUN_FILES]
-            if start and any(Path(start).resolve().is_relative_to(path.resolve()) for path in old_files):
-                self.lock.release()
-                raise InputError(f'--overwrite True would delete {start}, from which this run starts; give another '
-                                 f'--save-dir')
-            for path in old_files:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        latest = folder / 'checkpoints' / 'checkpoint.pth.tar'
-        allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given      # for this resume, not stored
-        done = epochs_of(latest) if resumes and not allowed else 0
-        if done > state.epoch:
+        resumes = run and Path(run).resolve() == self.folder.resolve()
+        self.lock = FolderLock(self.folder)
+        try:
+            allowed = opt.train['overwrite'] and ('train', 'overwrite') in opt.given      # for this resume, not stored
+            if not resumes:
+                self.clear_folder()
+            elif not allowed:
+                self.refuse_to_go_back()
+        except InputError:
             self.lock.release()
-            raise InputError(f'{opt.train["checkpoint"]} has {state.epoch} epochs, and the run in {folder} went on to '
-                             f'{done}, which would be overwritten; resume from {latest}, choose another --save-dir, or '
-                             f'give --overwrite True')
-        self.folder, self.checkpoints = folder, folder / 'checkpoints'
+            raise
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if opt.train['checkpoint']:
             self.take_best_checkpoint(run, overwrites=resumes and allowed)
-        self.opt.save(folder)
+        self.opt.save(self.folder)
         log.handlers.clear()
         log.setLevel(logging.INFO)
         log.propagate = False
         log.addHandler(logging.StreamHandler())
-        log.addHandler(LogFile(folder / 'train.log', encoding='utf-8'))
+        log.addHandler(LogFile(self.folder / 'train.log', encoding='utf-8'))
         self.write_results()
-        self.writer = SummaryWriter(folder / 'tb_logs', purge_step=self.state.epoch + 1)
+        self.writer = SummaryWriter(self.folder / 'tb_logs', purge_step=self.state.epoch + 1)
         self.last_saved, self.last_grid, self.last_drawn = time.monotonic(), state.epoch, -math.inf
+
+    def clear_folder(self):
+        """With --overwrite True, delete the earlier run in the folder. Raises InputError if that was not asked for."""
+        train, folder = self.opt.train, self.folder
+        if is_free(folder):
+            return
+        if not train['overwrite']:
+            raise InputError(f'{folder} is not empty; resume the run in it with --checkpoint-path {self.latest}, '
+                             f'choose another --save-dir, or replace the run with --overwrite True')
+        start, old_files = train['checkpoint'] or train['init_from'], [folder / name for name in RUN_FILES]
+        if start and any(Path(start).resolve().is_relative_to(path.resolve()) for path in old_files):
+            raise InputError(f'--overwrite True would delete {start}, from which this run starts; give another '
+                             f'--save-dir')
+        for path in old_files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def refuse_to_go_back(self):
+        """Raise InputError if the run in the folder has more epochs than the checkpoint that it is resumed from."""
+        done = epochs_of(self.latest)
+        if done > self.state.epoch:
+            raise InputError(f'{self.opt.train["checkpoint"]} has {self.state.epoch} epochs, and the run in '
+                             f'{self.folder} went on to {done}, which would be overwritten; resume from {self.latest}, '
+                             f'choose another --save-dir, or give --overwrite True')
 
     def take_best_checkpoint(self, run, overwrites):
         """Of a resumed run, take the best checkpoint so far along, from its folder `run`.
@@ -384,10 +401,6 @@ class Run:
         self.writer.add_image('validation', grid, self.state.epoch, dataformats='HWC')
         self.last_grid = self.state.epoch
 
-    @property
-    def latest(self):
-        return self.checkpoints / 'checkpoint.pth.tar'
-
     def save_latest(self, *copies):
         """Save the latest checkpoint, and under the file names `copies` too.
 
@@ -418,9 +431,13 @@ class Run:
 
         Without a copy it is saved at most every SAVE_SECONDS, because an epoch on a GPU may take less than a second.
         """
-        kept = self.state.epoch % self.opt.train['checkpoint_freq'] == 0
-        if kept or is_best or self.state.is_done() or time.monotonic() - self.last_saved >= SAVE_SECONDS:
-            self.save_latest(*[f'checkpoint_{self.state.epoch}.pth.tar'] * kept, *['checkpoint_best.pth.tar'] * is_best)
+        copies = []
+        if self.state.epoch % self.opt.train['checkpoint_freq'] == 0:
+            copies.append(f'checkpoint_{self.state.epoch}.pth.tar')
+        if is_best:
+            copies.append('checkpoint_best.pth.tar')
+        if copies or self.state.is_done() or time.monotonic() - self.last_saved >= SAVE_SECONDS:
+            self.save_latest(*copies)
 
     def last_good(self):
         """Where the latest checkpoint is, for error messages."""

@@ -462,7 +462,7 @@ def test_a_checkpoint_of_an_earlier_version_from_the_middle_of_an_epoch_goes_on(
 @pytest.mark.parametrize('words, message', [
     (['--n-layers', '6'], '--n-layers is 6, but the run of .*checkpoint.pth.tar has 4, and it cannot change'),
     (['--batch-size', '7'], '--batch-size is 7, but the run of .* has 2'),
-    (['--transform.train.random_affine', '0.1'], '--random-affine is 0.1, but the run of .* has 0.3'),
+    (['--transform.train.random_affine', '0.1'], '--transform.train.random_affine is 0.1, but the run of .* has 0.3'),
     (['--dataset', 'GlaS'], '--dataset is GlaS, but the run of .* has MultiOrgan'),
     (['--epochs', '9', '--checkpoint-path', str(EARLIER)],                            # under a schedule
      '--num-epochs is 9, but the run of .* has 4'),
@@ -480,6 +480,7 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
                            '--epochs', '2', '--weight-decay', '0.5')
     assert checkpoint['epoch'] == 2 and [row['epoch'] for row in rows] == [2]
     assert checkpoint['optimizer']['param_groups'][0]['weight_decay'] == 0.5
+    assert checkpoint['best_iou'] == rows[0]['val_iou']                # no file holds what the published best_iou is of
 
     path = tmp_path / 'theirs/checkpoints/checkpoint_1.pth.tar'
     path.parent.mkdir(parents=True)
