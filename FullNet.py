@@ -94,9 +94,9 @@ class Stages(nn.Sequential):
     """block1, trans1, block2, trans2, ... one after the other; FCN_pooling also resamples between them.
 
     mode: 'plain' runs the modules as they are written above. 'fast' runs each dense block with its transition on the
-    CPU by support/cpu_stage.py, with the same results up to rounding. 'auto' chooses 'fast' on the CPU for images of
-    80 x 80 pixels or more if the growth_rate is 16 or more, or memory_efficient or amp is set. These two are for the
-    fast mode only (support/cpu_stage.py: run); on a GPU torch.autocast does amp.
+    CPU by support/cpu_stage.py, with the same results up to rounding. 'auto' is 'fast' on the CPU for images of 80 x 80
+    pixels or more, if the growth rate is at least 16 or memory_efficient or amp is set; else 'plain'. These two act in
+    the fast mode only. On a GPU, torch.autocast does amp.
     """
 
     mode = 'auto'

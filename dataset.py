@@ -20,10 +20,10 @@ class DataFolder(torch.utils.data.Dataset):
     """Samples (image, weight map, ternary label), transformed together.
 
     dir_list: the folders [images, weight maps, ternary labels]. Item k > 0 of the image `X.ext` is the file
-    `X_{post_fix[k-1]}` in dir_list[k]. num_channels: 1 or 3 for each item; 1 opens a file as it is, 3 converts it to
-    RGB. data_transform: maps (list of Pillow images, NumPy generator) to a list of tensors; without it a sample is a
-    list of Pillow images. Raises InputError that names the files if an image lacks its weight map or label, or one of
-    these lacks its image. (The published code skips such images silently.)
+    `X_{post_fix[k-1]}` in dir_list[k]. num_channels: 1 or 3 for each item; 1 expects a grey file of 8 bits, 3
+    converts to RGB. data_transform: maps (list of Pillow images, NumPy generator) to a list of tensors; without it a
+    sample is a list of Pillow images. Raises InputError that names the files if an image lacks its weight map or label,
+    or one of these lacks its image. (The published code skips such images silently.)
 
     `dataset[index]` draws its transforms from torch's global generator. `dataset[index, seed, epoch]` draws them from
     these three numbers alone, so that every process, and a resumed run, makes the same sample.

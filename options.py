@@ -40,7 +40,7 @@ TRAIN = dict(
     val_overlap=Option(80, int, 'pixels: overlap of the validation windows', at_least=0),
     lr=Option(by_dataset(1e-3, 5e-4), float, "Adam's learning rate", at_least=0),
     weight_decay=Option(1e-4, float, "Adam's L2 decay", at_least=0),
-    log_interval=Option(50, int, 'steps between two lines of the log', at_least=1),
+    log_interval=Option(50, int, 'steps of an epoch between two lines of the log', at_least=1),
     workers=Option('auto', workers_count, 'processes that load data; 0 loads in the training process; auto = '
                                           'fitting the machine'),
     gpu=Option('auto', gpu_list, 'GPU, such as 0; cpu; auto; with torchrun one for each process, such as 0,1',
@@ -110,13 +110,13 @@ TEST = dict(
     model_path=Option('./experiments/{dataset}/{run}/checkpoints/checkpoint_{epoch}.pth.tar', str,
                       'checkpoint; by default of the newest run'),
     color_norm=Option(False, boolean, 'give images the colours of the training images, if the checkpoint has them (as '
-                                      'the shipped one)'),
+                                      'those that come with the code)'),
     mpp=Option('', mpp_word, 'um: pixel size of the images, which are scaled to that of the training; auto = what TIFF '
                              'or OME metadata say'),
     scale_factor=Option(1.0, float, 'resize images for the network: 2 if they are 20x and it was trained at 40x',
                         at_least=0.01),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
-    binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
+    binary_labels=Option(False, boolean, 'masks or class maps as labels: their 8-connected components are objects'),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
 )
 
@@ -150,7 +150,7 @@ PREPARE = dict(
     val_fraction=Option(0.2, float, 'share of the training images held out for validation (GlaS)',
                         at_least=0.01, below=1),
     seed=Option(2019, int, 'seed of a split that is drawn', at_least=0, below=2 ** 63),
-    binary_labels=Option(False, boolean, 'masks of one value as labels: their 8-connected components are objects'),
+    binary_labels=Option(False, boolean, 'masks or class maps as labels: their 8-connected components are objects'),
     xml_layers=Option((), tuple, 'layers of the annotation XML to draw; all if none is named', many=True),
     scale_16bit=Option(None, float_pair, 'LO HI: map 16-bit images linearly from LO..HI to 8 bits', many=True),
     max_megapixels=Option(1000, float, 'larger images are refused', at_least=0),
@@ -196,6 +196,17 @@ class Options(CommandLine):
         if self.script == 'test' and 0 < self.test['patch_size'] <= self.test['overlap']:
             raise InputError(f'--overlap is {self.test["overlap"]}; expected less than '
                              f'--patch-size, {self.test["patch_size"]}')
+        if self.script == 'prepare':
+            self._check_prepare()
+
+    def _check_prepare(self):
+        own, split, nuclei = self.prepare['img_dir'], self.prepare['split'], self.dataset == 'MultiOrgan'
+        used = {'split': own, 'fractions': own and not split, 'others': nuclei and not own,
+                'val_fraction': not nuclei and not own, 'patch_size': nuclei}
+        kind = 'without --img-dir' if not own else 'with --img-dir and --split' if split else 'with --img-dir'
+        for name, is_used in used.items():
+            if ('prepare', name) in self.given and not is_used:
+                raise InputError(f'--{name.replace("_", "-")} changes nothing for {self.dataset} {kind}; leave it out')
 
     def _check_model(self):
         if self.model['in_c'] != 3:

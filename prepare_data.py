@@ -118,7 +118,8 @@ class Reinhard_normalizer:
         """
         lab = rgb2lab(I)
         mean, std = lab.mean((0, 1)), lab.std((0, 1))
-        scale = np.where(std > 1e-8, self.std / np.maximum(std, 1e-8), 0)      # 1e-8: more than rounding errors
+        constant = std < 0.01                  # of a grey image, rounding gives a and b deviations of about 0.001
+        scale = np.where(constant, 0, self.std / np.where(constant, 1, std))
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='Conversion from CIE-LAB')   # it clips colours outside RGB
             rgb = lab2rgb((lab - mean) * scale + self.mean)
@@ -146,7 +147,8 @@ def patch_positions(h, w, size=PATCH_SIZE):
     if min(h, w) < size:
         raise InputError(f'an image of {w} x {h} pixels is smaller than a patch of {size} x {size}; give a '
                          f'smaller --patch-size, or leave the image out')
-    return list(itertools.product(*([min(k * size, side - size) for k in range(-(-side // size))] for side in (h, w))))
+    rows, columns = ([*range(0, side - size, size), side - size] for side in (h, w))
+    return list(itertools.product(rows, columns))
 
 
 def split_patches(data_dir, save_dir, postfix=None):
@@ -281,7 +283,7 @@ def prepare(dataset, options):
     sources = find_sources(dataset, options)
     settings = Settings(dataset=dataset, normalizer=fit_anchor(dataset, sources, options),
                         **{name: value for name, value in options.items() if name in Settings._fields})
-    for source in tqdm(sources, desc='checking', unit='image', disable=None):
+    for source in tqdm(sources, desc='checking', unit='image', disable=None):           # raises for a too small image
         planned_files(dataset, source, *image_size(source.image, settings.max_megapixels), settings.patch_size)
 
     with new_folder(options['data_dir']) as folder:

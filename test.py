@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from FullNet import create_model
-from my_transforms import get_transforms
+from my_transforms import Scale, get_transforms
 from options import DATASETS, Options
 from prepare_data import Reinhard_normalizer
 from support.checkpoints import check_mean_std, load_checkpoint, load_mean_std, load_weights
@@ -47,6 +47,7 @@ def main(argv=None):
     opt, checkpoint = parse_options(argv)
     test = opt.test
     if isinstance(checkpoint.get('licence'), str) and checkpoint['licence']:
+        # ascii: the text of a stranger's checkpoint may hold control characters
         print(f'licence of {test["model_path"]}: {ascii(" ".join(checkpoint["licence"].split()))[1:-1][:300]}')
     processes = Processes(test['gpu'])
     device = processes.device
@@ -265,25 +266,20 @@ def probability_bands(model, opt, mean_std, device, image, factor, side):
     image: uint8 (H, W, 3). factor: `scale_factor`. side: `trained_side`. With patch_size 0 the network sees the whole
     image at once, in one band; else it sees windows.
     """
-    params, test = dict(opt.transform['test']), opt.test
-    if params.pop('normalize', False):
+    test, scale = opt.test, opt.transform['test'].get('scale')
+    params = {name: value for name, value in opt.transform['test'].items() if name not in ('scale', 'normalize')}
+    if opt.transform['test'].get('normalize'):
         params['normalize'] = mean_std
-    scale = get_transforms({'scale': params.pop('scale')}) if 'scale' in params else None
     transform = get_transforms(params)
     shown = min(image.shape[:2])
     if scale and not test['mpp'] and ('transform.test', 'scale') not in opt.given and not 2 / 3 < shown / side < 3 / 2:
-        note(f'an image with a shorter side of {shown} pixels is scaled to {opt.transform["test"]["scale"]}, as the '
-             f'training images were, which had {side:g}; unless it shows as much tissue as they do, give --mpp (um per '
-             f'pixel)')
+        note(f'an image with a shorter side of {shown} pixels is scaled to {scale}, as the training images were, which '
+             f'had {side:g}; unless it shows as much tissue as they do, give --mpp (um per pixel)')
     batch_size = test['batch_size'] or windows_at_once(device)
     precision = MixedPrecision(device, test['amp'], testing=True)
 
     def scaled(pixels):
-        if scale is None:
-            return resize_by(pixels, factor, test['max_megapixels'])
-        if test['mpp']:                                        # what the transform does to images of the training
-            return resize_by(pixels, factor * opt.transform['test']['scale'] / side, test['max_megapixels'])
-        return np.asarray(scale([Image.fromarray(pixels)])[0])
+        return scale_for_network(pixels, scale, factor, side, test)
 
     @torch.inference_mode()
     def predict(windows, shape):
@@ -302,6 +298,18 @@ def probability_bands(model, opt, mean_std, device, image, factor, side):
             oriented = scaled(oriented)
             return predict([oriented], oriented.shape[:2])[0]
         yield predict_probabilities(whole, image, test['tta'])
+
+
+def scale_for_network(image, scale, factor, side, test):
+    """Resize an image, uint8 (H, W, 3), to the size at which the network sees it.
+
+    scale: the transform of that name, or None. Without --mpp it makes the shorter side of any image `scale` pixels, as
+    published. With --mpp, `factor` gives the image the pixel size of the training images, which were then shrunk from
+    a shorter side of `side` pixels to `scale`. test: the group `test` of options.py.
+    """
+    if scale and not test['mpp']:
+        return np.asarray(Scale(scale)([Image.fromarray(image)], None)[0])
+    return resize_by(image, factor * scale / side if scale else factor, test['max_megapixels'])
 
 
 def segment_bands(bands, image_shape, post, scale_factor=1):

@@ -78,8 +78,6 @@ def _pixels_of_region(region, shape):
     x, y = np.clip(np.array(region.vertices), -1e9, 1e9).T - 1
     if region.kind in ('2', 'Ellipse'):                                  # the vertices span its bounding box
         radii = (np.ptp(y) / 2, np.ptp(x) / 2)
-        if max(radii) > 4 * max(shape):
-            return polygon(y, x, shape)
         return ellipse((y.min() + y.max()) / 2, (x.min() + x.max()) / 2, *radii, shape)
     if region.kind in ('1', 'Rectangle') and len(x) == 2:
         x, y = x[[0, 1, 1, 0]], y[[0, 0, 1, 1]]

@@ -135,19 +135,23 @@ TRANSFORM_PARSERS = {                 # in the order in which transforms are app
     'normalize': lambda words: boolean(' '.join(words)),
 }
 
+# the transforms without randomness, for validation and testing
+FIXED_TRANSFORMS = {'val': ('scale', 'label_encoding', 'to_tensor', 'normalize'),
+                    'test': ('scale', 'to_tensor', 'normalize')}
+
 
 def set_transform(transforms, name, value):
     """A copy of the dict `transforms` with `name` set to `value`, or without it if `value` is None.
 
-    A new name goes to its place in the order of TRANSFORM_PARSERS.
+    A new name goes before the first transform that comes later in TRANSFORM_PARSERS.
     """
     if name in transforms or value is None:
         changed = {**transforms, name: value}
         return {key: changed[key] for key in changed if changed[key] is not None}
-    order = list(TRANSFORM_PARSERS)
-    before = [key for key in transforms if order.index(key) < order.index(name)]
-    return {**{key: transforms[key] for key in before}, name: value,
-            **{key: transforms[key] for key in transforms if key not in before}}
+    order = list(TRANSFORM_PARSERS).index
+    items = list(transforms.items())
+    place = next((i for i, (key, _) in enumerate(items) if order(key) > order(name)), len(items))
+    return dict([*items[:place], (name, value), *items[place:]])
 
 
 class CommandLine:
@@ -311,9 +315,9 @@ class CommandLine:
         for split, transforms in self.transform.items():
             for name, value in transforms.items():
                 flag = f'--transform.{split}.{name}'
-                if split == 'test' and name not in ('scale', 'to_tensor', 'normalize'):
-                    raise InputError(f'{flag} is {show(value)}; expected none: in testing images may be scaled and '
-                                     f'normalised, nothing else')
+                if split != 'train' and name not in FIXED_TRANSFORMS[split]:
+                    raise InputError(f'{flag} is {show(value)}; expected none: outside training only '
+                                     f'{", ".join(FIXED_TRANSFORMS[split])} may be used')
                 if not all(math.isfinite(x) for x in (value if isinstance(value, (tuple, list)) else [value])):
                     raise InputError(f'{flag} is {show(value)}; expected finite numbers')
                 if name in at_least and not value >= at_least[name]:

@@ -54,8 +54,6 @@ def find_sources(dataset, options):
     if options['img_dir']:
         return find_own_data(dataset, options['img_dir'], options['label_dir'], options['split'], options['fractions'],
                              options['seed'])
-    if options['split']:
-        raise InputError('--split is for your own data, given by --img-dir and --label-dir; leave it out')
     if dataset == 'GlaS':
         return find_glas(options['raw_dir'], options['val_fraction'], options['seed'])
     return find_multi_organ(options['raw_dir'], options['anchor'], options['others'])

@@ -78,8 +78,7 @@ def find_labels(images, label_dir, extensions=LABEL_EXTENSIONS, hint=''):
     """
     if images and Path(label_dir).resolve() == images[0].resolve().parent:
         raise InputError(f'images and labels are both in {label_dir}; move the labels into a folder of their own')
-    files = {composed(p.name.removesuffix('.gz').rpartition('.')[0] if p.suffix == '.gz' else p.stem): p
-             for p in list_images(label_dir, extensions)}
+    files = {composed(Path(p.name.removesuffix('.gz')).stem): p for p in list_images(label_dir, extensions)}
     # the label a_GT is that of an image a_GT, not of an a; also if only a is to be tested
     beside = images[0].parent.iterdir() if images and images[0].parent.is_dir() else ()
     stems = {composed(path.stem) for path in (*images, *beside) if path.suffix.lower() in IMAGE_EXTENSIONS}
@@ -640,12 +639,13 @@ def pixel_size(path):
     try:
         with tifffile.TiffFile(path) as file:
             tags = file.pages[0].tags
+            # reversed: of several images in the file, the first one counts
             ome = dict(re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]+)"', file.ome_metadata or '')[::-1])
             if 'X' in ome:
                 sizes = [float(ome[axis]) * UM[ome.get(f'{axis}Unit', 'um')] for axis in 'XY' if axis in ome]
             elif 'XResolution' in tags:
                 unit = int(tags['ResolutionUnit'].value) if 'ResolutionUnit' in tags else 2           # inch
-                imagej = (file.imagej_metadata or {}).get('unit')                                     # in place of 1
+                imagej = (file.imagej_metadata or {}).get('unit')              # ImageJ's unit; ResolutionUnit is 1
                 um = {2: 25_400, 3: 10_000}.get(unit) or UM[imagej]
                 sizes = [um * units / pixels for pixels, units in (tags[f'{axis}Resolution'].value for axis in 'XY'
                                                                    if f'{axis}Resolution' in tags)]

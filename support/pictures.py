@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from skimage.color import hsv2rgb
 
 from support.files import save_image
 
@@ -58,9 +59,7 @@ def colour_instances(instances, picture=None, rows=2048):
     picture: array to overwrite, which saves the memory of a new one. The instances get their colours in order of ids.
     Each tries colours, the first of which depends on its id, until no touching instance of lower id has the same.
     """
-    hue = np.arange(N_COLOURS) / N_COLOURS
-    phase = (hue[:, None] + np.array([1, 2 / 3, 1 / 3])) % 1
-    colours = (0.7 + 0.3 * (np.arange(N_COLOURS) % 2))[:, None] * (1 - 0.75 * np.clip(2 - np.abs(phase * 6 - 3), 0, 1))
+    colours = hsv2rgb([(k / N_COLOURS, 0.75, 0.7 + 0.3 * (k % 2)) for k in range(N_COLOURS)])
     chosen = {}
     for low, high in touching_pairs(instances):
         chosen.setdefault(high, set()).add(low)

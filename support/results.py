@@ -82,7 +82,7 @@ class Results:
                         'post': opt.post}
         self.made_of = [RESULT_VERSION, opt.dataset, opt.model, opt.post, opt.transform, mean_std.tolist(),
                         self.made_by['weights_sha256'], self.made_by['test']]
-        self.test_hash = hash_of(self.made_of)                         # of an image it has the image and its label too
+        self.test_hash = hash_of(self.made_of)         # the key of a record is of these and of the image and its label
         self.records = {}
         self.lock = FolderLock(folder / f'{set_name}_records', rank)
 
@@ -98,7 +98,8 @@ class Results:
     def read_record(self, path, label_path):
         """Read the record of an image into `records`, if it was finished with the same options, weights and files.
 
-        path: of the image; label_path: of its instance label, or None. Returns whether it was finished.
+        path: of the image; label_path: of its instance label, or None. Returns whether it was finished. A record of an
+        earlier version is written again, with the hash of this test.
         """
         self.records[path.stem] = {'key': ''}
         try:
@@ -161,24 +162,23 @@ class Results:
         write_text(self.folder / f'{self.set_name}_test_result.txt', text)
 
         columns = [f'published_{column}' for column in columns]
-        images = {name: dict(zip(columns, published[name])) | without_published(self.records[name]['standard'])
+        images = {name: dict(zip(columns, published[name])) | without_aji_fullnet(self.records[name]['standard'])
                   for name in sorted(names)}
         mean = dict(zip(images[names[0]], means([list(row.values()) for row in images.values()])))
-        pooled = dict.fromkeys(columns) | without_published(pooled)
-        *rows, mean, pooled = ({key: None if value is None or np.isnan(value) else value for key, value in row.items()}
-                               for row in (*images.values(), mean, pooled))
+        pooled = dict.fromkeys(columns) | without_aji_fullnet(pooled)
+        rows = [(name, {key: None if value is None or np.isnan(value) else value for key, value in row.items()})
+                for name, row in (*images.items(), ('mean', mean), ('pooled', pooled))]
         summary = {'dataset': self.dataset, 'set': self.set_name,
                    'definitions': {key: DEFINITIONS[key] for key in mean},
-                   'images': dict(zip(images, rows)), 'mean': mean, 'pooled': pooled,
-                   'made_by': self.made_by}
+                   'images': dict(rows[:-2]), 'mean': rows[-2][1], 'pooled': rows[-1][1], 'made_by': self.made_by}
         write_text(self.folder / f'{self.set_name}_metrics.json', json.dumps(summary, indent=1) + '\n')
         lines = [['image', *mean]] + [[name, *('' if value is None else f'{value:.6f}' for value in row.values())]
-                                      for name, row in zip((*images, 'mean', 'pooled'), (*rows, mean, pooled))]
+                                      for name, row in rows]
         write_text(self.folder / f'{self.set_name}_metrics.csv', csv_text(lines))
         return text
 
 
-def without_published(metrics):
+def without_aji_fullnet(metrics):
     """The standard metrics without aji_fullnet, which equals published_AJI."""
     return {name: value for name, value in metrics.items() if name != 'aji_fullnet'}
 

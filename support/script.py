@@ -40,7 +40,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # a drive or network folder that went away, or that holds no files as large as this one
 DRIVE_FAILED = tuple(getattr(errno, name) for name in ('EIO', 'ENOTCONN', 'ESTALE', 'ENODEV', 'EFBIG')
                      if hasattr(errno, name))
-tqdm.disable = True            # for a bar that a signal stops inside its __init__: tqdm's __del__ then closes nothing
+# A bar sets its own `disable` in __init__. One that a signal stops before that has this one: its __del__ closes nothing.
+tqdm.disable = True
 
 
 def run_script(main):

@@ -699,6 +699,13 @@ def test_normalising_one_colour(shade):
     assert np.abs(flat.transform(plain()[0]).astype(int) - shade).max() <= 1     # an anchor of one colour
 
 
+def test_normalising_a_grey_image():
+    colours = prepare_data.Reinhard_normalizer().fit(plain()[0])
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, 2)
+    lab = rgb2lab(colours.transform(grey))[64:192, 0]                        # far from black and white, which are clipped
+    assert np.abs(lab[:, 1:] - colours.mean[1:]).max() < 2                   # a and b are constant but for rounding
+
+
 @pytest.mark.parametrize('w0', [0, 1e-9, 1.3, 10, 250])
 @pytest.mark.parametrize('sigma', [1e-3, 0.5, 5, 1e6])
 def test_weights_are_finite_and_at_most_w0(w0, sigma):

@@ -39,7 +39,8 @@ def test_outputs_and_gradients_are_the_published_ones(name, network, device='cpu
 @pytest.mark.parametrize('name, network', [('fullnet', FullNet), ('fcn_pooling', FCN_pooling)])
 def test_state_dict_has_the_published_names_and_shapes(name, network):
     published = json.loads((GOLDEN / f'{name}_state_dict.json').read_text())
-    assert {k: list(v.shape) for k, v in network(3, 3).state_dict().items()} == published
+    found = {k: list(v.shape) for k, v in network(3, 3).state_dict().items()}
+    assert list(found.items()) == list(published.items())            # in this order: Adam's state goes by the order
 
 
 def test_a_pair_outside_the_hybrid_table_is_an_error_that_names_the_valid_ones():

@@ -81,7 +81,10 @@ ALL_FLAGS = [(script, group, name) for script, groups in SCRIPT_GROUPS.items() f
 @pytest.mark.parametrize('script, group, name', ALL_FLAGS, ids=['-'.join(f) for f in ALL_FLAGS])
 def test_every_option_has_a_flag(script, group, name):
     option = SCRIPT_GROUPS[script][group][name]
-    default, changed = (Options(script=script).parse(argv) for argv in
+    words = {'img_dir': ['--label-dir', 'l'], 'val_fraction': ['--dataset', 'GlaS']}.get(name, [])     # what it needs
+    if name in ('split', 'fractions'):
+        words = ['--img-dir', 'i', '--label-dir', 'l']
+    default, changed = (Options(script=script).parse([*words, *argv]) for argv in
                         ([], ['--' + name.replace('_', '-'), *a_word_for(name, option).split()]))
     assert getattr(default, group)[name] != getattr(changed, group)[name]
     assert (group, name) in changed.given
@@ -135,6 +138,8 @@ def test_transforms_on_the_command_line():
 
 def test_set_transform_keeps_the_order():
     assert list(set_transform({'scale': 1, 'to_tensor': 1}, 'random_crop', 9)) == ['scale', 'random_crop', 'to_tensor']
+    own_order = {'random_crop': 208, 'random_affine': 0.3}
+    assert list(set_transform(own_order, 'random_rotation', 90)) == ['random_rotation', 'random_crop', 'random_affine']
     assert set_transform({'scale': 1}, 'scale', None) == {} == set_transform({}, 'scale', None)
     assert set(TRANSFORM_PARSERS) >= {name for d in DATASETS for t in getattr(TRANSFORM, d).values() for name in t}
 
@@ -186,7 +191,15 @@ def test_the_crop_follows_input_size_unless_given():
     ('train', '--transform.train.random_stain 0 0 1', 'random_stain is 0.0 0.0 1.0; expected strength, offset'),
     ('train', '--transform.val.label_encoding none', 'label_encoding is none; expected a radius'),
     ('train', '--transform.train.to_tensor none', 'to_tensor is none; expected 1'),
-    ('test', '--transform.test.horizontal_flip True', '--transform.test.horizontal_flip is True; expected none: in t'),
+    ('test', '--transform.test.horizontal_flip True', '--transform.test.horizontal_flip is True; expected none: outs'),
+    ('train', '--transform.val.random_crop 20', 'val.random_crop is 20; expected none: outside training only scale, lab'),
+    # options of prepare_data.py that would change nothing
+    ('prepare', '--split x.json', '--split changes nothing for MultiOrgan without --img-dir; leave it out'),
+    ('prepare', '--fractions 1 0 0', '--fractions changes nothing for MultiOrgan without --img-dir'),
+    ('prepare', '--img-dir i --label-dir l --split x.json --fractions 1 0 0', '--fractions .* with --img-dir and --spl'),
+    ('prepare', '--img-dir i --label-dir l --others val', '--others changes nothing for MultiOrgan with --img-dir'),
+    ('prepare', '--val-fraction 0.5', '--val-fraction changes nothing for MultiOrgan without --img-dir'),
+    ('prepare', '--dataset GlaS --patch-size 90', '--patch-size changes nothing for GlaS without --img-dir'),
 ])
 def test_values_that_are_refused(script, words, message):
     with pytest.raises(InputError, match=message):

@@ -172,6 +172,8 @@ def test_xml_ellipses_are_drawn_as_ellipses(label_of, kind):
         label = label_of(annotation_xml(nuclei=[region_xml(vertices, kind)]))
         y, x = np.mgrid[1:21, 1:31]
         assert np.array_equal(label == 1, ((y - 8) / 6) ** 2 + ((x - 13) / 10) ** 2 < 1)
+    around = label_of(annotation_xml(nuclei=[region_xml([(-400, -400), (430, 420)], kind)]))        # the whole image
+    assert (around == 1).all()
 
 
 def test_xml_of_halo_has_v_elements_and_rectangles_of_two_corners(label_of):
@@ -634,7 +636,6 @@ def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):
 @pytest.mark.parametrize('words, message', [
     (['--img-dir', 'x'], '--img-dir is given without --label-dir'),
     (['--label-dir', 'x'], '--label-dir is given without --img-dir'),
-    (['--split', 'x.json'], '--split is for your own data'),
     (['--anchor', 'Breast_A'], ' holds images whose colours are normalised already; leave --anchor out'),
     (['--others', 'train'], ' has a split of its own, split.json; leave --others out'),
 ])
