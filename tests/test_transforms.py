@@ -161,7 +161,7 @@ def test_stains_are_those_of_scikit_image(factors, offsets, brightness):
 
 def test_stains_are_drawn_within_their_bounds_and_none_changes_nothing():
     transform = RandomStain(0.4, 0.05, 0.15)
-    factors, offsets, brightness = map(np.array, zip(*(transform.draw(RNG, None) for _ in range(300))))
+    factors, offsets, brightness = map(np.array, zip(*(transform.draw(RNG, None) for _ in range(1000))))
     for drawn, centre, bound in ((factors, 1, 0.4), (offsets, 0, 0.05), (brightness, 1, 0.15)):
         assert bound * 0.95 < (drawn - centre).max() <= bound and bound * 0.95 < (centre - drawn).max() <= bound
     assert (factors[:, 0] != factors[:, 1]).all() and (offsets[:, 0] != offsets[:, 1]).all()
