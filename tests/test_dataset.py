@@ -13,7 +13,7 @@ from PIL import Image
 from dataset import DataFolder, EpochBatches, batch_items
 from my_transforms import get_transforms
 from support.checkpoints import load_mean_std
-from support.images import list_images, read_image, read_instance_label
+from support.images import image_size, list_images, read_image, read_instance_label
 from support.script import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -70,6 +70,7 @@ def test_exif_orientation_is_applied_with_a_note(tmp_path, recwarn):
         Image.fromarray(PIXELS).save(tmp_path / 'a.png', exif=exif)
         with pytest.warns(UserWarning, match=r'turned by its EXIF orientation \(%d\)' % orientation):
             assert (read_image(tmp_path / 'a.png') == np.rot90(PIXELS, quarter_turns)).all()
+        assert image_size(tmp_path / 'a.png') == np.rot90(PIXELS, quarter_turns).shape[:2]
 
 
 def test_first_frame_of_an_animation(tmp_path):

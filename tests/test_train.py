@@ -33,8 +33,9 @@ from support.script import InputError
 from utils import accuracy_pixel_level, split_forward
 
 ROOT = Path(__file__).parents[1]
-EARLIER = ROOT / 'tests/checkpoint_b1a071d.pth.tar'      # of an earlier version, after 3 steps of FOUR_EPOCHS below
-FOUR_EPOCHS = ['--epochs', '4', '--ema-decay', '0.9', '--lr-schedule', 'cosine', '--drop-rate', '0.3']
+EARLIER = ROOT / 'tests/checkpoint_b1a071d.pth.tar'      # of an earlier version: 3 steps of FOUR_EPOCHS, with affine
+FOUR_EPOCHS = ['--epochs', '4', '--ema-decay', '0.9', '--lr-schedule', 'cosine', '--drop-rate', '0.3',
+               '--transform.train.random_affine', 'none']
 
 
 @pytest.fixture(scope='module')
@@ -410,8 +411,9 @@ def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
 def test_max_minutes_is_a_cap_beside_the_epochs(data, tmp_path):
     first, _ = run(data, tmp_path / 'run', '--max-minutes', '1000', '--epochs', '16')         # 2 steps an epoch
     assert first['step'] == 32 < first['steps_planned']
+    save_checkpoint(latest(tmp_path / 'run'), first | {'minutes': 900.0})
     again, _ = resume(tmp_path / 'run', '--epochs', '17')                    # the plan leaves room for more
-    assert again['step'] == 34 and again['steps_planned'] == first['steps_planned']
+    assert again['step'] == 34 and again['steps_planned'] == first['steps_planned'] and again['minutes'] > 900
 
 
 @pytest.mark.parametrize('seconds, minutes_used, planned', [
