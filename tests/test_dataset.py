@@ -13,7 +13,7 @@ from PIL import Image
 from dataset import DataFolder, EpochBatches, batch_items
 from my_transforms import get_transforms
 from support.checkpoints import load_mean_std
-from support.images import list_images, read_image, read_instance_label
+from support.images import image_size, list_images, read_image, read_instance_label
 from support.script import InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -70,6 +70,7 @@ def test_exif_orientation_is_applied_with_a_note(tmp_path, recwarn):
         Image.fromarray(PIXELS).save(tmp_path / 'a.png', exif=exif)
         with pytest.warns(UserWarning, match=r'turned by its EXIF orientation \(%d\)' % orientation):
             assert (read_image(tmp_path / 'a.png') == np.rot90(PIXELS, quarter_turns)).all()
+        assert image_size(tmp_path / 'a.png') == np.rot90(PIXELS, quarter_turns).shape[:2]
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -88,7 +89,7 @@ def test_reduced_pages_of_a_pyramid_are_ignored_and_real_pages_refused(tmp_path)
         tiff.write(PIXELS, photometric='rgb')
         tiff.write(PIXELS[::2, ::2], photometric='rgb', subfiletype=1)
     assert (read_image(tmp_path / 'pyramid.tif') == PIXELS).all()
-    tifffile.imwrite(tmp_path / 'pages.tif', np.stack([PIXELS, PIXELS]), photometric='rgb')
+    tifffile.imwrite(tmp_path / 'pages.tif', np.stack([PIXELS, PIXELS]), photometric='rgb', subfiletype=2)
     with pytest.raises(InputError, match='has 2 pages'):
         read_image(tmp_path / 'pages.tif')
     tifffile.imwrite(tmp_path / 'labels.tif', np.zeros((2, 8, 8), np.uint32), photometric='minisblack')
@@ -105,6 +106,7 @@ def test_16_bit_images_are_refused_unless_scaled(tmp_path):
             read_image(tmp_path / name)
     for name in ('a.png', 'a.tif'):
         assert read_image(tmp_path / name, scale_16bit=(0, 2000)).tolist() == [[[0, 127, 255], [63, 191, 255]]]
+    assert read_image(tmp_path / 'a.tif', scale_16bit=(500, 1500)).tolist() == [[[0, 127, 255], [0, 255, 255]]]
     assert read_image(tmp_path / 'grey.png', scale_16bit=(0, 1000)).tolist() == [[[0] * 3, [127] * 3]]
     png_by_hand(tmp_path / 'alpha.png', 2, 1, 16, struct.pack('>4H', 0, 9, 500, 9), colour=4)
     with pytest.raises(InputError, match='alpha.png has 16 bits per channel, and other channels than grey, RGB or'):
@@ -380,7 +382,7 @@ def test_a_sample_depends_on_index_seed_and_epoch_alone(folders):
     first = dataset[0, 5, 1]
     dataset[1, 5, 1], torch.rand(3), np.random.rand(3)
     assert all(torch.equal(a, b) for a, b in zip(first, dataset[0, 5, 1]))
-    others = [dataset[0, 5, 2], dataset[0, 6, 1]]
+    others = [dataset[0, 5, 2], dataset[0, 6, 1], dataset[1, 5, 1]]                    # of pictures that are equal
     assert all(not torch.equal(first[0], other[0]) for other in others)
 
 
@@ -391,15 +393,18 @@ def test_batches_are_a_new_order_each_epoch_and_can_start_in_the_middle():
     def take(batches, n):
         return list(itertools.islice(batches, n))
     two = take(batches, 6)
-    for epoch in (two[:3], two[3:]):
+    for k, epoch in enumerate((two[:3], two[3:])):
         assert [len(b) for b in epoch] == [4, 4, 2]
+        assert {key[1:] for batch in epoch for key in batch} == {(3, k)}                     # seed and epoch
         assert sorted(key[0] for batch in epoch for key in batch) == list(range(10))
     assert [key[0] for batch in two[:3] for key in batch] != [key[0] for batch in two[3:] for key in batch]
     batches.start_at(0, 1)
     assert take(batches, 5) == two[1:]
     batches.start_at(1, 0)
     assert take(batches, 3) == two[3:]
-    assert take(EpochBatches(10, 4, seed=3), 3) == two[:3] != take(EpochBatches(10, 4, seed=4), 3)
+    assert take(EpochBatches(10, 4, seed=3), 3) == two[:3]
+    other = take(EpochBatches(10, 4, seed=4), 3)
+    assert [key[0] for batch in other for key in batch] != [key[0] for batch in two[:3] for key in batch]
     assert [len(batch) for batch in take(EpochBatches(3, 50, seed=3), 2)] == [3, 3]          # more than there are
 
 
@@ -419,6 +424,7 @@ def test_a_batch_is_sent_in_few_bytes_with_its_instances():
     (lambda p: np.save(p, np.full((2, 3), np.nan)), 'expected finite floats'),
     (lambda p: np.save(p, [[0.5] * 3, [0.1, 0, 0.1]]), 'has a standard deviation of 0 or less'),
     (lambda p: np.save(p, [[190.] * 3, [40.] * 3]), 'mean_std.npy holds values from 40 to 190; expected colour values'),
+    (lambda p: np.save(p, [[-0.5] * 3, [0.1] * 3]), 'mean_std.npy holds values from -0.5 to 0.1; expected'),
     (lambda p: p.write_text('0.5 0.5 0.5'), 'is not a plain NumPy array'),
     (lambda p: None, 'no .*mean_std.npy; prepare_data.py writes it'),
 ])

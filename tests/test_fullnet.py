@@ -41,6 +41,8 @@ def test_state_dict_has_the_published_names_and_shapes(name, network):
     published = json.loads((GOLDEN / f'{name}_state_dict.json').read_text())
     found = {k: list(v.shape) for k, v in network(3, 3).state_dict().items()}
     assert list(found.items()) == list(published.items())            # in this order: Adam's state goes by the order
+    channels = network(3, 3, **SMALL, compress_ratio=0.32).blocks.trans1.conv.out_channels
+    assert channels == 12                                            # of 24 + 4 * 4: 12.8, rounded down
 
 
 def test_a_pair_outside_the_hybrid_table_is_an_error_that_names_the_valid_ones():
@@ -77,6 +79,9 @@ def test_fcn_pooling_pads_to_multiples_of_16_and_crops_back():
 
 def test_dropout_works_in_training_and_is_off_in_evaluation():
     torch.manual_seed(0)
+    layer = FullNet(3, 3, n_layers=4, growth_rate=4).blocks.block1.denselayer1
+    dropped = (layer(torch.randn(1, 24, 60, 60)) == 0).float().mean((0, 2, 3))           # element-wise, not channels
+    assert ((dropped - 0.1).abs() < 0.03).all()                                          # by default
     model = FullNet(3, 3, n_layers=4, growth_rate=4, drop_rate=0.5)
     image = torch.randn(1, 3, 24, 24)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """`test.py --mpp`: images are scaled to the pixel size of the training images."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import train
 from options import Options
 from support.checkpoints import load_checkpoint
 from support.images import pixel_size
+from support.run_folder import facts_of_data
 from support.script import InputError
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -72,8 +74,17 @@ def test_pixel_size_of_tiffs(tmp_path):
     ome = {'axes': 'YXS', 'PhysicalSizeX': 500, 'PhysicalSizeXUnit': 'nm'}
     tifffile.imwrite(tmp_path / 'x.ome.tif', IMAGE, metadata=ome)
     tifffile.imwrite(tmp_path / 'mu.ome.tif', IMAGE, metadata=ome | {'PhysicalSizeX': 0.5, 'PhysicalSizeXUnit': 'µm'})
-    sizes = [pixel_size(tmp_path / name) for name in ('inch.tif', 'imagej.tif', 'x.ome.tif', 'mu.ome.tif')]
-    assert sizes == pytest.approx([0.23, 0.25, 0.5, 0.5], rel=1e-4)
+    tifffile.imwrite(tmp_path / 'mm.ome.tif', IMAGE, metadata=ome | {'PhysicalSizeX': 5e-4, 'PhysicalSizeXUnit': 'mm'})
+    sizes = [pixel_size(tmp_path / f'{name}.tif') for name in ('inch', 'imagej', 'x.ome', 'mu.ome', 'mm.ome')]
+    assert sizes == pytest.approx([0.23, 0.25, 0.5, 0.5, 0.5], rel=1e-4)
+
+
+def test_the_size_of_the_training_images_is_the_median_of_their_shorter_sides(tmp_path):
+    for k, size in enumerate(((30, 50), (60, 40), (90, 100))):
+        Image.new('RGB', size).save(tmp_path / f'{k}.png')
+    train_set = SimpleNamespace(names=[], items=[[path, 'weight map', 'label'] for path in sorted(tmp_path.iterdir())])
+    val_set = SimpleNamespace(names=[], items=[])
+    assert facts_of_data(train_set, val_set, np.zeros((2, 3)), {}, None)['shorter_side'] == 40
 
 
 def test_glands_are_scaled_by_their_pixel_size_instead_of_their_shorter_side(tmp_path, weights):

@@ -121,10 +121,11 @@ def test_two_nuclei_with_a_bridge_are_split_where_the_probability_is_lowest():
     assert (dilated > 0).sum() > mask.sum() and (label != dilate(label.copy(), 2))[mask].any()
     scaled = post_process(mask, 20, 0, (42, 82), h_maxima=0.1, inside_map=inside)               # a scaled image
     assert scaled.max() == 2 and (scaled[:, :40][scaled[:, :40] > 0] == 1).all()
-    speckled = inside.copy()
-    speckled[8:13:2, 8:15:2] -= 90                                      # smoothed before it is scaled or looked at
-    for size in (None, (210, 410)):
-        assert post_process(mask, 20, 0, size, h_maxima=0.1, inside_map=speckled).max() == 2
+    for depth, count in ((50, 2), (100, 3)):          # of a dark line, which is smoothed to 40 % before anything else
+        lined = inside.copy()
+        lined[:, 11] -= np.minimum(lined[:, 11], depth).astype(np.uint8)
+        for size in (None, (210, 410)):
+            assert post_process(mask, 20, 0, size, h_maxima=0.1, inside_map=lined).max() == count
 
 
 def test_maxima_of_one_height_are_one_unless_the_valley_is_deep():

@@ -155,10 +155,11 @@ def test_xml_first_region_wins_and_ids_are_positions_and_regions_without_a_pixel
 def test_xml_negative_regions_are_holes_wherever_they_stand(label_of):
     outline, hole = region_xml(rectangle(1.5, 1.5, 15.5, 15.5)), region_xml(rectangle(4.5, 4.5, 9.5, 9.5), negative='1')
     inside = region_xml(rectangle(5.5, 5.5, 7.5, 7.5))                         # an object in the hole stays
+    second = region_xml(rectangle(11.5, 11.5, 13.5, 13.5), negative='1')
     expected = np.zeros((20, 30), bool)
     expected[1:15, 1:15] = True
-    expected[4:9, 4:9] = False
-    for order, number in (([outline, hole, inside], 1), ([hole, outline, inside], 2)):
+    expected[4:9, 4:9] = expected[11:13, 11:13] = False
+    for order, number in (([outline, hole, inside, second], 1), ([hole, outline, inside, second], 2)):
         label = label_of(annotation_xml(nuclei=order))
         assert np.array_equal(label == number, expected) and (label == 3).sum() == 4
         assert np.unique(label).tolist() == [0, number, 3]
@@ -178,8 +179,9 @@ def test_xml_ellipses_are_drawn_as_ellipses(label_of, kind):
 
 def test_xml_of_halo_has_v_elements_and_rectangles_of_two_corners(label_of):
     label = label_of(annotation_xml(nuclei=[region_xml(rectangle(1.5, 1.5, 4.5, 4.5), 'Polygon', tag='V'),
-                                            region_xml([(6.5, 6.5), (10.5, 12.5)], 'Rectangle', tag='V')]))
-    assert (label == 1).sum() == 9 and (label == 2).sum() == 24
+                                            region_xml([(6.5, 6.5), (10.5, 12.5)], 'Rectangle', tag='V'),
+                                            region_xml([(15.5, 1.5), (21, 1.5), (15.5, 7)], 'Polygon', tag='V')]))
+    assert [(label == k).sum() for k in (1, 2, 3)] == [9, 24, 5 + 4 + 3 + 2 + 1]
 
 
 def test_xml_layers_are_named_and_chosen(label_of):
@@ -241,6 +243,7 @@ def test_reinhard_golden(golden):
     normalized = Reinhard_normalizer().fit(golden['anchor']).transform(golden['source'])
     assert normalized.dtype == np.uint8
     assert np.abs(normalized.astype(int) - golden['normalized']).max() <= 1
+    assert (normalized == golden['normalized']).mean() > 0.99                          # truncated, not rounded
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -419,7 +422,7 @@ def test_the_single_steps_make_the_same_files(fullnet_master, prepared_master, t
     steps = tmp_path / 'steps'
     labels = fullnet_master / 'labels_instance'
     create_ternary_labels(labels, steps / 'ternary')
-    create_weight_maps(labels, steps / 'weights', sigma=5.0)
+    create_weight_maps(labels, steps / 'weights')
     split_patches(fullnet_master / 'normalized', steps / 'image_patches')
     split_patches(steps / 'ternary', steps / 'ternary_patches', 'label')
     split_patches(steps / 'weights', steps / 'weight_patches', 'weight')

@@ -131,6 +131,13 @@ def test_files_of_a_labelled_set(images):
     assert np.allclose(average, (first + second) / 2, atol=1e-4)
 
 
+def test_averages_leave_out_nan():
+    """The Hausdorff distance of an image in which nothing was found."""
+    table = results.results_table({'b': [0.5, float('nan')], 'a': [1, 3]}, ['F1', 'Hausdorff'])
+    assert table == ('Metrics:\tF1\tHausdorff\nAverage:\t0.7500\t3.0000\n\n'
+                     'a:\t1.0000\t3.0000\nb:\t0.5000\tnan\n')
+
+
 def test_amp_changes_little_and_is_autocast_on_processors_with_amx_only(images, monkeypatch):
     """autocast runs the plain modules, whose hooks are called; FastStage calls none."""
     monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
@@ -222,6 +229,21 @@ def test_objects_csv_holds_what_the_segmentation_shows(images):
     assert 'matched_id' not in (segment(images, labels=False) / 'set_segmentation/a_objects.csv').read_text()
 
 
+def test_objects_csv_of_shapes_that_are_known():
+    label, inside = np.zeros((30, 40), int), np.zeros((15, 20), np.uint8)
+    y, x = np.ogrid[:30, :40]
+    label[2:7, 3:23] = 4                                                         # a rectangle
+    label[np.abs(y - 18) + np.abs(x - 10) <= 6] = 7                              # a diamond
+    label[12:17, 30:35], label[14, 32] = 9, 0                                    # a ring
+    inside[:, :10] = 255                                                         # of half the size
+    rows = list(csv.DictReader(results.objects_csv(label, inside).splitlines()))
+    found = [[float(row[name]) for name in ('id', 'area', 'perimeter', 'eccentricity', 'solidity',
+                                            'mean_inside_probability')] for row in rows]
+    assert np.allclose(found[0][:5], [4, 100, 2 * (4 + 19), np.sqrt(1 - 24 / 399), 1], atol=0.005)
+    assert np.allclose(found[1], [7, 85, 24 * np.sqrt(2), 0, 1, 1], atol=0.005)
+    assert found[2][:2] == [9, 24] and found[2][5] == 0
+
+
 def test_overlay_shows_hits_missed_and_false_objects():
     truth = np.zeros((60, 300), int)
     truth[5:15, 5:15], truth[30:40, 5:15] = 7, 9
@@ -291,9 +313,24 @@ def test_finished_images_are_kept_until_something_changes(images, tmp_path, monk
     save_instances(label / 'a_label.png', nuclei(7, 70, 90)[1])
     segment(images, '--radius', '3', '--label-dir', str(label))
     assert len(seen) == 7
+    words = ['--radius', '3', '--label-dir', str(label), '--img-dir', 'set', '--data-dir', '.']
+    shutil.copytree(images / 'set', tmp_path / 'set')
+    shutil.copy(images / 'mean_std.npy', tmp_path)
+    Image.fromarray(nuclei(7, 70, 90)[0]).save(tmp_path / 'set/a.png')
+    segment(images, *words)
+    assert len(seen) == 8
+    np.save('mean_std.npy', np.array([[0.7, 0.5, 0.6], [0.2, 0.2, 0.2]]))
+    segment(images, *words)
+    assert len(seen) == 10
+    weights = load_checkpoint(TINY[1])
+    weights['state_dict']['conv2.weight'] *= 2
+    torch.save(weights, 'other.pth.tar')
+    words += ['--model-path', 'other.pth.tar']
+    segment(images, *words)
+    assert len(seen) == 12
     monkeypatch.setattr(results, 'RESULT_VERSION', results.RESULT_VERSION + 1)
-    segment(images, '--radius', '3', '--label-dir', str(label))
-    assert len(seen) == 9
+    segment(images, *words)
+    assert len(seen) == 14
 
 
 def test_a_process_that_wrote_elsewhere_is_noticed(images, monkeypatch):
@@ -502,7 +539,10 @@ def test_other_transforms_than_in_validation_are_named(images, tmp_path, own_che
 
 
 def test_a_published_checkpoint_without_mean_std_takes_the_published_values_with_a_warning(images, tmp_path):
-    np.save(tmp_path / 'mean_std.npy', np.array(test_script.PUBLISHED_MEAN_STD['MultiOrgan']))
+    published = [[0.74408994, 0.53806349, 0.66497889], [0.15811703, 0.19705941, 0.15046222]]
+    np.save(tmp_path / 'mean_std.npy', published)
+    assert test_script.PUBLISHED_MEAN_STD == {'MultiOrgan': published, 'GlaS': [
+        [0.78780321, 0.5120167, 0.78493782], [0.16766301, 0.24838048, 0.13225162]]}
     with_file = everything(segment(images, '--data-dir', '.'))
     with pytest.warns(UserWarning, match='carries no mean_std and there is no .*; taking the published values'):
         without = everything(segment(images, '--data-dir', 'nowhere'))

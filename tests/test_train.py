@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing import event_accumulator
 
 import test
 import train
+from FullNet import create_model
+from loss import VarCELoss
 from miniature import SMALL, calls_of, make_glas, make_multi_organ
 from options import TRAIN, Options
 from support import checkpoints, devices, files, run_folder
@@ -28,11 +30,12 @@ from support.checkpoints import load_checkpoint, save_checkpoint
 from support.devices import MixedPrecision
 from support.pictures import class_colours
 from support.script import InputError
-from utils import accuracy_pixel_level
+from utils import accuracy_pixel_level, split_forward
 
 ROOT = Path(__file__).parents[1]
-EARLIER = ROOT / 'tests/checkpoint_b1a071d.pth.tar'      # of an earlier version, after 3 steps of FOUR_EPOCHS below
-FOUR_EPOCHS = ['--epochs', '4', '--ema-decay', '0.9', '--lr-schedule', 'cosine', '--drop-rate', '0.3']
+EARLIER = ROOT / 'tests/checkpoint_b1a071d.pth.tar'      # of an earlier version: 3 steps of FOUR_EPOCHS, with affine
+FOUR_EPOCHS = ['--epochs', '4', '--ema-decay', '0.9', '--lr-schedule', 'cosine', '--drop-rate', '0.3',
+               '--transform.train.random_affine', 'none']
 
 
 @pytest.fixture(scope='module')
@@ -168,9 +171,24 @@ def test_options_that_change_the_validation_only(base, data, tmp_path, words):
     assert same_weights(checkpoint, base[0]) and rows[0]['val_loss'] != base[1][0]['val_loss']
 
 
+@pytest.mark.parametrize('words', ['--alpha 1', '--alpha 3 --ema-decay 0.9'])
+def test_validation_is_the_sliding_window_and_the_loss_of_training(data, tmp_path, words):
+    checkpoint, rows = run(data, tmp_path / 'run', *words.split())
+    opt = Options(True).parse([*SMALL, '--data-dir', str(data)])
+    model = create_model(**opt.model).eval()
+    model.load_state_dict(checkpoint['state_dict'])
+    image, weight, target = train.load_data(opt, 'val', np.load(data / 'mean_std.npy'))[0]
+    with torch.no_grad():
+        logits = split_forward(model, image[None], size=40, overlap=8)
+    loss, _, _ = VarCELoss(int(words[8]))(logits, target, weight / 20)
+    accuracy, iou, *_ = accuracy_pixel_level(logits.argmax(1).numpy(), target.numpy())
+    assert [rows[0][f'val_{name}'] for name in ('loss', 'acc', 'iou')] == pytest.approx([loss.item(), accuracy, iou],
+                                                                                       abs=1e-4)
+
+
 def test_validation_grid(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, 'GRID_EPOCHS', 2)
-    run(data, tmp_path / 'run', '--epochs', '3', '--val-every', '1')
+    _, rows = run(data, tmp_path / 'run', '--epochs', '3', '--val-every', '1')
     grid = np.asarray(Image.open(tmp_path / 'run/val_grid.png'))
     assert grid.shape == (64, 4 * 64 + 3 * 4, 3)                     # one validation image of 64 x 64
     image, target, probabilities, prediction = (grid[:, k * 68:k * 68 + 64].astype(int) for k in range(4))
@@ -182,6 +200,9 @@ def test_validation_grid(data, tmp_path, monkeypatch):
     log = event_accumulator.EventAccumulator(str(tmp_path / 'run/tb_logs'))
     log.Reload()
     assert [event.step for event in log.Images('validation')] == [2]
+    for name in ('train_loss', 'val_iou'):
+        drawn = [(event.step, event.value) for event in log.Scalars(name.replace('_', '/'))]
+        assert np.allclose(drawn, [(row['epoch'], row[name]) for row in rows], atol=1e-4)
 
 
 def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsys, monkeypatch):
@@ -227,12 +248,13 @@ def test_checkpoint_minutes(data, tmp_path, monkeypatch):
     def count(path, checkpoint):
         save(path, checkpoint)
         if path.name == 'checkpoint.pth.tar':
-            saved.append(checkpoint['batch'])
+            saved.append((checkpoint['batch'], checkpoint['meter'][1][0]))
     monkeypatch.setattr(run_folder, 'save_checkpoint', count)
     run(data, tmp_path / 'a')
-    assert saved == [0]
-    run(data, tmp_path / 'b', '--checkpoint-minutes', '0')
-    assert saved == [0, 1, 2, 2, 0]               # after both steps, in the validation, after the epoch, of 2 steps
+    assert saved == [(0, 0)]
+    run(data, tmp_path / 'b', '--checkpoint-minutes', '0', '--batch-size', '3')
+    # after both steps, of 3 images and of 1, in the validation, after the epoch
+    assert saved[1:] == [(1, 3), (2, 4), (2, 4), (0, 0)]
 
 
 def test_auto_takes_as_many_loader_processes_as_the_machine_has_cpus_for(monkeypatch):
@@ -242,6 +264,16 @@ def test_auto_takes_as_many_loader_processes_as_the_machine_has_cpus_for(monkeyp
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(cpus), raising=False)
         monkeypatch.setenv('LOCAL_WORLD_SIZE', processes)
         assert devices.loader_processes('auto', gpu) == expected
+
+
+def test_results_of_an_epoch_are_means_over_its_images_and_the_best_iou_stays():
+    options = dict(ema_decay=0, start_epoch=0, num_epochs=3)
+    state = run_folder.TrainingState(torch.nn.Linear(1, 1), None, options, steps_per_epoch=2, scaler=None)
+    assert state.best_iou < 0                                        # so the first validation is the best, even if 0
+    for k, (iou, best) in enumerate(((0.5, 0.5), (0.7, 0.7), (0.6, 0.7))):
+        state.finish_step([k, 1, 2, 3, 4], n_images=3)
+        state.finish_step([k + 4, 5, 6, 7, 8], n_images=1)
+        assert state.finish_epoch([9, 8, iou]) == [k + 1, k + 1, 2, 3, 4, 5, 9, 8, iou] and state.best_iou == best
 
 
 def test_pixel_results_are_those_of_the_arrays():
@@ -256,6 +288,9 @@ def test_init_from_starts_from_other_weights(base, data, tmp_path):
     tuned, _ = run(data, tmp_path / 'run', '--init-from', str(latest(base[2])), '--lr', '0', '--weight-decay', '0')
     weight = 'conv2.weight'
     assert torch.equal(tuned['state_dict'][weight], base[0]['state_dict'][weight]) and tuned['epoch'] == 1
+    begun, _ = run(data, tmp_path / 'begun', '--seed', '3', '--lr', '0', '--weight-decay', '0')
+    torch.manual_seed(3)                                                         # without it the seed draws them
+    assert torch.equal(begun['state_dict'][weight], create_model(**begun['options']['model']).conv2.weight)
 
 
 def test_a_run_is_not_resumed_with_other_images(base, data, tmp_path):
@@ -376,8 +411,9 @@ def test_max_minutes_fixes_the_number_of_steps_and_keeps_it(data, tmp_path):
 def test_max_minutes_is_a_cap_beside_the_epochs(data, tmp_path):
     first, _ = run(data, tmp_path / 'run', '--max-minutes', '1000', '--epochs', '16')         # 2 steps an epoch
     assert first['step'] == 32 < first['steps_planned']
+    save_checkpoint(latest(tmp_path / 'run'), first | {'minutes': 900.0})
     again, _ = resume(tmp_path / 'run', '--epochs', '17')                    # the plan leaves room for more
-    assert again['step'] == 34 and again['steps_planned'] == first['steps_planned']
+    assert again['step'] == 34 and again['steps_planned'] == first['steps_planned'] and again['minutes'] > 900
 
 
 @pytest.mark.parametrize('seconds, minutes_used, planned', [
@@ -399,13 +435,14 @@ def test_the_number_of_steps_comes_from_the_speed_after_a_warm_up(monkeypatch, s
 def test_learning_rates():
     def rates(**changes):
         options = dict(lr=1.0, lr_schedule='none', warmup_epochs=0.0) | changes
-        return np.array([train.learning_rate(step, 100, options, steps_per_epoch=10) for step in range(100)])
+        return np.array([train.learning_rate(step, 100, options, steps_per_epoch=10) for step in range(101)])
     assert (rates() == 1).all()
     assert rates(warmup_epochs=1.0)[:10] == pytest.approx(np.arange(1, 11) / 11) and rates(warmup_epochs=1.0)[10] == 1
     cosine = rates(lr_schedule='cosine')
-    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and (np.diff(cosine) < 0).all() and cosine[99] < 0.001
+    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and (np.diff(cosine) < 0).all() and cosine[100] == 0
     cycle = rates(lr_schedule='onecycle')
-    assert cycle[0] == pytest.approx(0.04) and cycle[30] == 1 and cycle.argmax() == 30 and cycle[99] < 0.002
+    assert cycle[0] == pytest.approx(0.04) and cycle[30] == 1 and cycle.argmax() == 30
+    assert cycle[100] == pytest.approx(1e-4) and (np.diff(cycle[30:]) < 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -73,6 +73,19 @@ def test_objects_of_masks_and_class_maps_are_their_pieces_with_binary_labels(tmp
     assert len(notes) == 1 and 'look like one id per object and are kept, in spite of --binary-labels' in notes[0]
 
 
+def test_stray_pieces_make_no_mask_of_a_label_and_grey_edges_no_label_of_a_mask(tmp_path):
+    one, two = np.zeros((2, 40, 60), np.uint8)
+    one[2:20, 2:20] = one[2:20, 30:50] = 1                                     # one id in two pieces, most of the area
+    one[30:35, 5:10] = 2
+    two[2:20, 2:20], two[2:20, 30:50], two[22:40, 2:48] = 1, 2, 3
+    two[25, 55], two[30, 55] = 1, 2                                            # two ids in pieces, less than half of it
+    for label in (one, two):
+        assert np.array_equal(with_notes(save(tmp_path / 'x.png', label), binary_labels=True)[0], label)
+    y, x = np.ogrid[:60, :60]
+    mask = (255 * np.clip((22 - np.hypot(y - 30, x - 30)) / 4, 0, 1)).astype(np.uint8)
+    assert np.array_equal(with_notes(save(tmp_path / 'x.png', mask), binary_labels=True)[0], mask > 127)
+
+
 def test_what_looks_like_a_mask_is_noted_without_binary_labels(tmp_path):
     for mask in (grey_edges(), class_map()):
         label, notes = with_notes(save(tmp_path / 'x.png', mask))
@@ -125,19 +138,28 @@ def test_geojson_of_qupath(tmp_path):
     """Annotations and detections, holes, several parts; the first of two wins; points are counted."""
     hole, first = square(4, 4, 6, 6), square(1, 1, 9, 9)
     features = [feature('Polygon', [first, hole], objectType='annotation'),
-                feature('Point', [3, 3]), feature('MultiPolygon', [[square(8, 8, 12, 12)], [square(20, 2, 22.4, 4)]],
+                feature('Point', [3, 3]), feature('MultiPolygon', [[square(8, 8, 12, 12)], [square(20, 2, 22.4, 4.6)]],
                                                   objectType='detection'), feature('Polygon', [])]
     (tmp_path / 'a.geojson').write_text(json.dumps({'type': 'FeatureCollection', 'features': features}))
     with pytest.warns(UserWarning, match='a.geojson: 1 features are no polygons and were skipped'), \
             pytest.warns(UserWarning, match='a.geojson: 1 of 3 polygons have no pixel of their own'):
         label = instance_label_from_geojson(tmp_path / 'a.geojson', 20, 30)
     expected = np.zeros((20, 30), int)
-    expected[8:12, 8:12], expected[2:4, 20:22] = 2, 2
+    expected[8:12, 8:12], expected[2:5, 20:22] = 2, 2
     expected[1:9, 1:9] = 1
     expected[4:6, 4:6] = 0
     assert np.array_equal(label, expected)
     (tmp_path / 'a.json').write_text(json.dumps(features[:1]))                 # as older versions write it
     assert (instance_label_from_geojson(tmp_path / 'a.json', 20, 30) == 1).sum() == 60
+
+
+@pytest.mark.parametrize('ids, drawn', [((7, 3), [7, 3]), ((7, 7), [1, 2]), ((0, 3), [1, 2]), ((2 ** 31, 3), [1, 2])])
+def test_geojson_ids_are_positions_unless_each_object_has_its_own(tmp_path, ids, drawn):
+    features = [feature('Polygon', [square(4 * k, 0, 4 * k + 2, 2)], measurements={'id': number})
+                for k, number in enumerate(ids)]
+    (tmp_path / 'a.json').write_text(json.dumps(features))
+    label = instance_label_from_geojson(tmp_path / 'a.json', 2, 6)
+    assert [np.unique(part).tolist() for part in np.split(label, 3, axis=1)] == [[drawn[0]], [0], [drawn[1]]]
 
 
 @pytest.mark.parametrize('content, message', [

@@ -223,8 +223,10 @@ def test_missing_extra_and_broken_weights_are_named():
         load_weights(model, {'fc.weight': torch.zeros(3)}, MODEL, 'file')
     with pytest.raises(InputError, match='1 missing: conv2.weight'):
         load_weights(model, {k: v for k, v in weights.items() if k != 'conv2.weight'}, MODEL, 'file')
-    with pytest.raises(InputError, match='conv2.weight holds NaN or infinite weights'):
-        load_weights(model, {**weights, 'conv2.weight': weights['conv2.weight'] * np.nan}, MODEL, 'file')
+    for value in (np.nan, np.inf, 1e300):                                                # which is infinite in float32
+        broken = torch.full_like(weights['conv2.weight'], value, dtype=torch.float64)
+        with pytest.raises(InputError, match='conv2.weight holds NaN or infinite weights'):
+            load_weights(model, {**weights, 'conv2.weight': broken}, MODEL, 'file')
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
