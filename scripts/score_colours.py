@@ -5,7 +5,7 @@
 DATA_DIR: prepared MultiOrgan data. Its images val_full are scored as they are, pale, dark, and with their hues turned
 to red and to blue. TIFFS: a folder of images as MoNuSeg distributes them; those of val_full are scored without and with
 --color-norm True. OUT: where images and results go; finished images are not computed again. Prints a table, and writes
-it to OUT/colours.txt.
+it to OUT/colours.txt, row by row: the last one needs weights that carry the colours of their training images.
 """
 import argparse
 import contextlib
@@ -82,7 +82,7 @@ def main(argv=None):
         images = [f'  {image.split("_")[0]} {row["published_AJI"]:.4f}' for image, row in scores['images'].items()]
         lines.append(f'{name:24}' + ''.join(f'{scores["mean"][metric]:15.4f}' for metric in METRICS) + ''.join(images))
         print('\n'.join(lines[-1:] if i else lines), flush=True)
-    write_text(args.out / 'colours.txt', '\n'.join(lines) + '\n')
+        write_text(args.out / 'colours.txt', '\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from skimage.color import rgb2hsv
 
 from FullNet import create_model
 from miniature import nuclei, pixels
-from support.checkpoints import save_checkpoint
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.files import save_image, save_instances
 from support.script import InputError
 
@@ -45,6 +45,12 @@ def test_the_val_images_are_scored_in_all_colours(words, tmp_path, capsys):
         assert list(images) == (['Breast'] if 'raw' in name else ['Breast', 'Liver'])
         assert float(row[0]) == pytest.approx(np.mean(list(images.values())), abs=1e-4) and 0 < float(row[3]) <= 1
     assert rows['raw'] != rows['raw, --color-norm True'] and rows['pale'] != rows['as they are']
+
+    weights = load_checkpoint(tmp_path / 'w.pth.tar')                      # as of a run that was not exported
+    save_checkpoint(tmp_path / 'w.pth.tar', {key: value for key, value in weights.items() if key != 'lab'})
+    with pytest.raises(InputError, match="needs the training images' colours"):
+        score_colours.main(words)
+    assert (tmp_path / 'out/colours.txt').read_text().splitlines() == table.splitlines()[:-1]
 
 
 def test_the_colours(words, tmp_path):
