@@ -429,7 +429,6 @@ def test_an_unusual_checkpoint(data):
     ('prepare', '--fractions 0.5 0.5 0.5', ['--fractions is 0.5 0.5 0.5', 'add up to 1']),
     ('prepare', '--fractions 0 1 0', ['--fractions is 0 1 0', 'above 0']),
     ('prepare', '--max-megapixels 0.001', ['more than max_megapixels = 0.001']),
-    ('prepare', '--split nowhere.json', ['no such file: nowhere.json; expected a JSON object of lists']),
     ('test', '--max-megapixels 0.001', ['more than max_megapixels = 0.001']),
     ('test', '--scale-factor 1e9', ['scaled by 1e+09 the image has 64000000000', 'megapixels']),
     ('resume', '--ema-decay 0.9', ['net.pth.tar holds no averaged weights', '--init-from']),

@@ -619,6 +619,8 @@ def test_an_image_is_in_one_split_however_it_is_written(own, tmp_path):
     (tmp_path / 'split.json').write_text('{"train": ["case 1", "case 2"], "val": ["case 1.png"]}')
     with pytest.raises(InputError, match='split.json names case 1 more than once; an image belongs to one split'):
         prepare_own(own[0], tmp_path / 'out', '--split', str(tmp_path / 'split.json'))
+    with pytest.raises(InputError, match='no such file: nowhere.json; expected a JSON object of lists'):
+        prepare_own(own[0], tmp_path / 'out', '--split', 'nowhere.json')
 
 
 def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):

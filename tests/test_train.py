@@ -517,7 +517,8 @@ def test_a_published_checkpoint_can_be_resumed_if_it_has_an_optimizer(base, data
                            '--epochs', '2', '--weight-decay', '0.5')
     assert checkpoint['epoch'] == 2 and [row['epoch'] for row in rows] == [2]
     assert checkpoint['optimizer']['param_groups'][0]['weight_decay'] == 0.5
-    assert checkpoint['best_iou'] == rows[0]['val_iou']                # no file holds what the published best_iou is of
+    # no file holds the weights that the published best_iou is of
+    assert checkpoint['best_iou'] == pytest.approx(rows[0]['val_iou'], abs=1e-4)
 
     path = tmp_path / 'theirs/checkpoints/checkpoint_1.pth.tar'
     path.parent.mkdir(parents=True)
