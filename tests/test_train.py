@@ -478,6 +478,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(four_epochs, data, t
     for k, values in whole['optimizer']['state'].items():
         assert all(torch.equal(resumed['optimizer']['state'][k][name], value) for name, value in values.items())
     assert (resumed['best_iou'], resumed['history']) == (whole['best_iou'], whole['history'])
+    last = 0.001 * (1 + math.cos(math.pi * 7 / 8)) / 2                       # learning rate of the last of 8 steps
+    assert resumed['optimizer']['param_groups'][0]['lr'] == pytest.approx(last)
 
 
 def test_a_checkpoint_of_an_earlier_version_from_the_middle_of_an_epoch_goes_on(data, tmp_path):
