@@ -151,6 +151,18 @@ def test_options_that_change_the_weights(base, data, tmp_path, words):
     assert not same_weights(run(data, tmp_path / 'run', *words.split())[0], base[0])
 
 
+def test_gradients_are_clipped_to_the_norm_that_is_given(data, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def recorded(optimizer, *rest):
+        gradients = [p.grad.flatten() for p in optimizer.param_groups[0]['params']]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(optimizer, *rest)
+    monkeypatch.setattr(torch.optim.Adam, 'step', recorded)
+    run(data, tmp_path / 'run', '--clip-grad', '0.01')
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
 def test_amp_computes_in_bfloat16_and_resumes_exactly(data, tmp_path, monkeypatch):
     monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
     words = ['--amp', 'True', '--epochs', '2']
