@@ -228,9 +228,12 @@ def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsy
     assert sheet.shape == (4 * 40 + 3 * 4, 3 * 40 + 2 * 4, 3)
     opt = Options(True).parse([*SMALL, '--data-dir', str(data)])
     dataset = train.load_data(opt, 'train', np.load(data / 'mean_std.npy'))
-    labels = [class_colours(dataset[i, opt.train['seed'], 0][2][0]) for i in range(4)]
-    shown = [sheet[y:y + 40, 44:84] for y in range(0, 176, 44)]
-    assert all(any(np.array_equal(a, b) for b in labels) for a in shown)
+    samples = [dataset[i, opt.train['seed'], 0] for i in range(4)]
+    labels = [class_colours(label[0]) for _, _, label in samples]
+    weights = [weight[0, ..., None].expand(-1, -1, 3).numpy() for _, weight, _ in samples]
+    for x, column in ((44, labels), (88, weights)):
+        shown = [sheet[y:y + 40, x:x + 40] for y in range(0, 176, 44)]
+        assert all(any(np.array_equal(a, b) for b in column) for a in shown)
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'colours'), '--preview',
                 '--transform.train.normalize', 'none'])                                # shown in the same colours
     assert np.abs(sheet.astype(int) - np.asarray(Image.open(tmp_path / 'colours_preview.png'))).max() <= 1
