@@ -170,6 +170,8 @@ def test_amp_computes_in_bfloat16_and_resumes_exactly(data, tmp_path, monkeypatc
     assert not same_weights(whole, run(data, tmp_path / 'float32', '--epochs', '2')[0])
     run(data, tmp_path / 'half', *words[:2])
     assert same_weights(resume(tmp_path / 'half', '--epochs', '2')[0], whole)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True)                   # autocast is for testing
+    assert [MixedPrecision(torch.device('cpu'), True, testing).enabled for testing in (False, True)] == [False, True]
 
 
 def test_amp_is_refused_on_mps():
