@@ -572,7 +572,7 @@ def test_exported_weights(trained, capsys):
     run, shipped = (load_checkpoint(trained / path) for path in ('run/checkpoints/checkpoint_best.pth.tar',
                                                                  'pretrained/FullNet_MultiOrgan.pth.tar'))
     assert all(torch.equal(run['state_dict'][key], value) for key, value in shipped['state_dict'].items())
-    assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std']
+    assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std'] and shipped['shorter_side'] == 64
     images = (trained / 'data/images/train').iterdir()
     pixels_of_train = np.concatenate([rgb2lab(pixels(path)).reshape(-1, 3) for path in images])
     assert np.allclose(shipped['lab'], [pixels_of_train.mean(0), pixels_of_train.std(0)])
