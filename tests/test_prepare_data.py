@@ -884,6 +884,7 @@ def test_glas_split_is_seeded(tmp_path):
 
     assert [len(names(part, 0)) for part in ('train', 'val', 'testA', 'testB')] == [68, 17, 60, 20]
     assert names('val', 0) == names('val', 0) != names('val', 1)
+    assert names('val', 0) == [f'train_{i}' for i in (6, 9, 10, 12, 14, 17, 20, 21, 28, 40, 43, 45, 53, 61, 72, 73, 85)]
     assert len(names('val', 0, 0.001)) == 1 and len(names('train', 0, 0.999)) == 1
     with pytest.raises(InputError, match='val_fraction is 0; expected a number between 0 and 1'):
         find_glas(tmp_path, 0, 0)
