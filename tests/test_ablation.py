@@ -40,6 +40,8 @@ def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
     mean = json.loads(metrics.read_text())['mean']
     assert all(runs[-1][name] == mean[key] for name, key in [('AJI', 'published_AJI'), ('aji', 'aji'), ('pq', 'pq'),
                                                              ('Dice', 'published_Dice'), ('F1', 'published_F1')])
+    trained = load_checkpoint(metrics.parents[1] / 'run/checkpoints/checkpoint.pth.tar')
+    assert (runs[-1]['minutes'], runs[-1]['val_iou']) == (trained['minutes'], trained['history'][-1][-1])
     options = [json.loads((tmp_path / 'out' / ablation.Job(*[run[k] for k in ('arm', 'seed', 'epochs')]).folder
                            / 'run/train_options.json').read_text()) for run in runs]
     assert [o['model']['name'] for o in options] == [run['arm'] for run in runs]
@@ -53,6 +55,15 @@ def test_arms_budgets_and_going_on(data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'out/ablation.md').read_text() == table
     with pytest.raises(InputError, match='budgets.json is of another ablation'):
         ablation.main([*words, '--lr', '0.1'])
+
+    # a training that was stopped goes on, and is tested as it was trained
+    calls = []
+    monkeypatch.setattr(ablation, 'call', lambda words, *_: calls.append(words))
+    job, folder = ablation.Job('FullNet', 3, 1), metrics.parents[1]
+    (folder / 'ablation_scores.json').unlink()
+    ablation.finished(job, tmp_path / 'out', ['--amp', 'True'], data, 1)
+    assert calls[0] == ['train.py', '--checkpoint-path', folder / 'run/checkpoints/checkpoint.pth.tar']
+    assert calls[1][0] == 'test.py' and calls[1][calls[1].index('--amp') + 1] == 'True'
 
 
 def test_table_of_means_spreads_and_differences():

@@ -549,8 +549,11 @@ def test_a_process_is_not_in_its_own_way(here):
     assert first.is_in_place() and second.is_in_place()
     second.release()
     assert not first.is_in_place() and not (here / 'run/.lock').exists()
-    first.release()
+    third = FolderLock(here / 'run')
+    first.release()                                                  # leaves the lock that came after it
     first.release()                                                  # once more changes nothing
+    assert third.is_in_place()
+    third.release()
 
 
 def test_a_lock_file_that_its_last_owner_removes_is_locked_anew(here, monkeypatch):

@@ -71,12 +71,13 @@ def test_same_seed_same_bytes_whatever_the_number_of_images(tmp_path):
     few = ['--size', '128', '--train', '2', '--val', '1', '--test', '1']
     make_demo_data.main([str(tmp_path / 'a'), *few])
     make_demo_data.main([str(tmp_path / 'b'), *few])
-    make_demo_data.main([str(tmp_path / 'more'), '--size', '128', '--train', '3', '--val', '2', '--test', '2'])
+    make_demo_data.main([str(tmp_path / 'more'), '--size', '128', '--train', '3', '--val', '1', '--test', '2'])
     make_demo_data.main([str(tmp_path / 'other'), *few, '--seed', '1'])
     a, b, more, other = (files(tmp_path / name) for name in ('a', 'b', 'more', 'other'))
     assert a == b
-    assert len(a) == 9
+    assert len(a) == 9 and len(more) == 13 and 'normalized/demo_test_02.png' in more
     pictures = [name for name in a if name.endswith('.png')]
+    assert len({a[name] for name in pictures}) == len(pictures)              # no image is in two splits
     assert all(more[name] == a[name] for name in pictures)
     assert all(other[name] != a[name] for name in pictures)
 

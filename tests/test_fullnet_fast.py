@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
+from torch.nn import functional as F
 
 from FullNet import FCN_pooling, FullNet
 from support import cpu_stage
-from support.cpu_stage import LayerSpec, Workers, dropout_mask, keep_threshold, normalise, run_fast
+from support.cpu_stage import (LayerSpec, Workers, conv1x1_backward, conv3x3_backward, dropout_mask, keep_threshold,
+                               normalise, run_fast)
 
 GOLDEN = Path(__file__).parent / 'golden'
 # dilations 1, 2, 3, 2, then 13, 15, 17, 19
@@ -163,6 +165,17 @@ def test_bfloat16_is_near_float32_and_in_float32_outside(training, small_pieces)
     assert 1e-4 < error < 0.05                                  # bfloat16 has 8 bits
     assert 1e-4 < relative_distance(half[1], exact[1]) < 0.25
     assert_close(half[2], exact[2], 0.02)
+
+
+def test_bfloat16_gradients_of_weights_are_summed_in_float32(small_pieces):
+    ones = torch.ones(2, 1, 120, 100, dtype=torch.bfloat16)         # a sum of bfloat16 would not reach 24,000 by 100s
+    with Workers() as workers:
+        point = conv1x1_backward(ones, torch.ones(1, 1, 1, 1), ones, workers)[1]
+        square = conv3x3_backward(ones, torch.ones(1, 1, 3, 3), 1, F.pad(ones, (1, 1, 1, 1)), torch.zeros_like(ones),
+                                  workers)
+    assert point.item() == 2 * 120 * 100
+    corner, above, beside = 2 * 119 * 99, 2 * 119 * 100, 2 * 120 * 99
+    assert square.flatten().tolist() == [corner, above, corner, beside, 24000, beside, corner, above, corner]
 
 
 # Dropout and memory_efficient

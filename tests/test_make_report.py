@@ -63,8 +63,10 @@ def write_results(root, labelled=True, set_name='test_same'):
     write_image(folder, ODD, AREAS, IOUS if labelled else None)
     write_image(folder, 'plain', [], [] if labelled else None, size=(10, 2000))
     options = {'dataset': 'MultiOrgan', 'model': {'name': 'FullNet', 'dilations': [1, 2]},
-               'test': {'model_path': '<best>.pth.tar', 'tta': 'flips', 'patch_size': 208, 'scale_16bit': None},
-               'post': {'min_area': 20}, 'transform': {'test': {'normalize': True}}}
+               'test': {'model_path': '<best>.pth.tar', 'tta': 'flips', 'patch_size': 208, 'overlap': 80,
+                        'color_norm': False, 'scale_factor': 2, 'scale_16bit': None},
+               'post': {'min_area': 20, 'radius': 3, 'inside_threshold': 0.6, 'h_maxima': 0.2},
+               'transform': {'test': {'normalize': True}}}
     (root / 'test_options.json').write_text(json.dumps(options))
     if labelled:
         (root / f'{set_name}_metrics.json').write_text(
@@ -99,6 +101,7 @@ def test_table_begins_with_the_scores_people_look_for_and_the_worst_image(tree):
     assert mean == ['mean', '0.6618', '–', '0.7000', *'––––'] and pooled == ['pooled', '–', '0.4000', *'–––––']
     areas, ious = AREAS, [iou for iou in IOUS if iou is not None]
     assert [worst[5], worst[7]] == [f'{np.median(areas):.4f}', f'{np.median(ious):.4f}']
+    assert '2 images, 200 objects, 150 of them matched' in words(tree)
     for link in table.iter('a'):
         figure, = tree.iterfind(f'.//figure[@id="{link.get("href").removeprefix("#")}"]')
         assert words(figure.find('figcaption')) == link.text
@@ -112,11 +115,17 @@ def test_definitions_are_tooltips_and_listed(tree):
 
 def test_settings(tree):
     short, full = [dict(rows(table)) for table in tree.iterfind('.//table[@class="settings"]')]
-    assert short['checkpoint'] == '<best>.pth.tar' and short['test-time augmentation'] == 'flips'
-    assert short['patch size, px (0: whole image)'] == '208'
+    assert short == {'data set': 'MultiOrgan', 'checkpoint': '<best>.pth.tar', 'network': 'FullNet',
+                     'test-time augmentation': 'flips', 'patch size, px (0: whole image)': '208',
+                     'patch overlap, px': '80', 'colours of the training images': 'False', 'enlarged by': '2',
+                     'smallest object, px': '20', 'dilation radius, px': '3',
+                     'threshold on the inside probability (0: most likely class)': '0.6',
+                     'objects split at maxima that stand out by (0: not)': '0.2'}
     assert full == {'dataset': 'MultiOrgan', 'model.name': 'FullNet', 'model.dilations': '1 2', 'test.tta': 'flips',
                     'test.model_path': '<best>.pth.tar', 'test.patch_size': '208', 'test.scale_16bit': 'none',
-                    'post.min_area': '20', 'transform.test.normalize': 'True'}
+                    'test.overlap': '80', 'test.color_norm': 'False', 'test.scale_factor': '2', 'post.min_area': '20',
+                    'post.radius': '3', 'post.inside_threshold': '0.6', 'post.h_maxima': '0.2',
+                    'transform.test.normalize': 'True'}
 
 
 def picture(uri):
@@ -150,7 +159,7 @@ def test_histograms_count_every_object(monkeypatch):
     make_report.histograms(np.array(AREAS), np.array([0.0, 0.5, 1.0]))
     make_report.histograms(np.array([]), np.array([]))
     (areas, ious), empty = drawn
-    assert sum(areas) == 200 and areas[0] < 40 and areas[-1] >= 2       # the clump does not squeeze the others
+    assert sum(areas) == 200 and areas[0] < 40 and 2 <= areas[-1] < 20       # the clump does not squeeze the others
     assert sum(ious) == 3 and ious[-1] == 1 and not np.any(empty[0])
 
 

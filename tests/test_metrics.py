@@ -392,6 +392,14 @@ def test_ids_do_not_matter(dtype):
     assert np.array_equal(all_scores(*huge), all_scores(pred, gt))
 
 
+def test_50_000_objects_are_not_confused():
+    label = np.zeros((448, 448), int)
+    label[::2, ::2] = 1                                     # the number of pairs of objects needs more than 32 bits
+    table = overlap_table(label, label)
+    assert table.n_pred == table.n_gt == len(table.iou) == 224 ** 2 and (table.iou == 1).all()
+    assert np.array_equal(table.pred, table.gt) and np.array_equal(table.gt, np.arange(1, 224 ** 2 + 1))
+
+
 def test_bool_masks_and_tensors_are_label_maps():
     import torch
     pred, gt = (labels > 0 for labels in blob_pair(6))

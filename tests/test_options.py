@@ -138,6 +138,7 @@ def test_transforms_on_the_command_line():
 
 def test_set_transform_keeps_the_order():
     assert list(set_transform({'scale': 1, 'to_tensor': 1}, 'random_crop', 9)) == ['scale', 'random_crop', 'to_tensor']
+    assert list(set_transform({'scale': 1, 'to_tensor': 1}, 'normalize', True)) == ['scale', 'to_tensor', 'normalize']
     own_order = {'random_crop': 208, 'random_affine': 0.3}
     assert list(set_transform(own_order, 'random_rotation', 90)) == ['random_rotation', 'random_crop', 'random_affine']
     assert set_transform({'scale': 1}, 'scale', None) == {} == set_transform({}, 'scale', None)
@@ -191,6 +192,7 @@ def test_the_crop_follows_input_size_unless_given():
     ('train', '--transform.train.random_stain 0 0 1', 'random_stain is 0.0 0.0 1.0; expected strength, offset'),
     ('train', '--transform.val.label_encoding none', 'label_encoding is none; expected a radius'),
     ('train', '--transform.train.to_tensor none', 'to_tensor is none; expected 1'),
+    ('train', '--transform.train.to_tensor 3', 'to_tensor is 3; expected 1'),
     ('test', '--transform.test.horizontal_flip True', '--transform.test.horizontal_flip is True; expected none: outs'),
     ('train', '--transform.val.random_crop 20', 'val.random_crop is 20; expected none: outside training only scale, lab'),
     # options of prepare_data.py that would change nothing

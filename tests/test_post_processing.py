@@ -190,8 +190,8 @@ def results(tmp_path):
     return tmp_path
 
 
-def write_options(folder, dataset='MultiOrgan', scale_factor=1, binary_labels=False):
-    options = {'dataset': dataset, 'test': {'scale_factor': scale_factor, 'mpp': '', 'binary_labels': binary_labels}}
+def write_options(folder, dataset='MultiOrgan', scale_factor=1, binary_labels=False, mpp=''):
+    options = {'dataset': dataset, 'test': {'scale_factor': scale_factor, 'mpp': mpp, 'binary_labels': binary_labels}}
     (folder / 'out/test_options.json').write_text(json.dumps(options))
 
 
@@ -216,11 +216,20 @@ def test_the_study_reports_every_variant_and_a_best_one(results, monkeypatch, ca
         found = others_only.greedy(PUBLISHED | {'min_area': 20})
         score = study.Study({name: images[name]}, 'MultiOrgan')(found)[0, 0]
         assert others[-2 + i] == pytest.approx(score, abs=1e-4)
-    inside, contour, truth = images['im.0']
-    label = study.segment_maps(inside, contour, PUBLISHED)
+    truth = images['im.0'][2]
+    label = ndimage.label(ndimage.binary_dilation(truth > 0, iterations=2))[0]                # some are merged
     expected = standard_metrics(label, truth)
+    assert expected['aji'] != nuclei_accuracy_object_level(label, truth).AJI
     assert study.score(label, truth, 'MultiOrgan') == [nuclei_accuracy_object_level(label, truth).AJI, expected['aji'],
                                                        expected['pq'], expected['dice']]
+
+
+def test_the_search_does_not_see_the_image_that_is_left_out(monkeypatch):
+    monkeypatch.setitem(study.CHOICES, 'MultiOrgan', {'radius': (0, 1)})
+    scores = study.Study({'a': None, 'b': None}, 'MultiOrgan')
+    scores.known = {(0,): np.array([[0.1, 0.9], [0.5, 0.9]]), (1,): np.array([[0.5, 0.0], [0.4, 0.0]])}
+    found = [scores.greedy({'radius': 0}, left_out)['radius'] for left_out in (None, 0, 1)]
+    assert found == [1, 0, 1]                            # radius 1 makes image a better, and b a little worse
 
 
 def test_the_study_of_glands_scores_them_at_the_size_of_their_images(results, monkeypatch, capsys):
@@ -269,9 +278,10 @@ def test_what_the_study_cannot_use(results):
     label.unlink()
     with pytest.raises(InputError, match='1 instance labels of images missing'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
-    write_options(results, scale_factor=2)
-    with pytest.raises(InputError, match='out was made with --scale-factor or --mpp; run test.py without them'):
-        study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
+    for scaled in (dict(scale_factor=2), dict(mpp=0.5)):
+        write_options(results, **scaled)
+        with pytest.raises(InputError, match='out was made with --scale-factor or --mpp; run test.py without them'):
+            study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])
     (results / 'out/test_options.json').write_text('{')
     with pytest.raises(InputError, match='test_options.json is missing or damaged .*; expected the save_dir'):
         study.main([str(results / 'out'), '--label-dir', str(results / 'labels'), '--set', 'set'])

@@ -548,6 +548,13 @@ def test_an_exception_between_the_two_renames_loses_nothing(tmp_path, monkeypatc
         (folder / 'after.txt').write_text('y')
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*')] == ['out', 'out/before.txt']
 
+    # a process was killed there, and the next one fails
+    (tmp_path / '.out.preparing').mkdir()
+    (tmp_path / 'out').rename(tmp_path / '.out.preparing/old')
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / 'out'):
+        1 / 0
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*')] == ['out', 'out/before.txt']
+
 
 def test_the_report_and_the_contact_sheets(prepared_master):
     label = nuclei_label(0)
@@ -634,8 +641,17 @@ def test_own_data_drawn_by_fractions_and_coloured_when_asked(own, tmp_path):
     save_image(own[0] / 'images/masks/case 3.png', random_image(9, 60, 60))               # is none of the images
     prepare_own(own[0], tmp_path / 'again', '--like', 'GlaS', '--anchor', 'case 3')
     assert np.array_equal(pixels(next((tmp_path / 'again/images').rglob('case 1.bmp'))), images['case 1'][1])
-    assert draw_split(list('abcdef'), (0.5, 0.2, 0.3), 4) == draw_split(list('abcdef'), (0.5, 0.2, 0.3), 4)
-    assert draw_split(list('ab'), (0.1, 0.1, 0.8), 0).keys() == {'train', 'val', 'test'}
+
+
+def test_a_drawn_split_has_each_image_once_and_images_to_train_and_to_validate():
+    names = list('abcdefghij')
+    split = draw_split(names, (0.5, 0.2, 0.3), 4)
+    assert {part: len(group) for part, group in split.items()} == {'train': 5, 'val': 2, 'test': 3}
+    assert sorted(split['train'] + split['val'] + split['test']) == names
+    assert split == draw_split(names, (0.5, 0.2, 0.3), 4) != draw_split(names, (0.5, 0.2, 0.3), 5)
+    for fractions in ((0.1, 0.1, 0.8), (0.98, 0.01, 0.01), (0.01, 0.99, 0)):
+        split = draw_split(list('ab'), fractions, 0)
+        assert sorted(split['train'] + split['val']) == ['a', 'b'] and len(split['val']) == 1
 
 
 @pytest.mark.parametrize('words, message', [
@@ -870,6 +886,7 @@ def test_glas_split_is_seeded(tmp_path):
 
     assert [len(names(part, 0)) for part in ('train', 'val', 'testA', 'testB')] == [68, 17, 60, 20]
     assert names('val', 0) == names('val', 0) != names('val', 1)
+    assert names('val', 0) == [f'train_{i}' for i in (6, 9, 10, 12, 14, 17, 20, 21, 28, 40, 43, 45, 53, 61, 72, 73, 85)]
     assert len(names('val', 0, 0.001)) == 1 and len(names('train', 0, 0.999)) == 1
     with pytest.raises(InputError, match='val_fraction is 0; expected a number between 0 and 1'):
         find_glas(tmp_path, 0, 0)

@@ -1,4 +1,6 @@
 """Weights that come with the code: how they are exported, described and verified; the shipped file, if it is there."""
+import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -86,6 +88,9 @@ def test_the_recipe_of_every_stage_is_carried_along_and_no_path(made):
     assert weights['hours'] == pytest.approx(sum(run['minutes'] for run in runs) / 60)
     assert weights['steps'] == first['steps'] + second['steps']
     assert str(made) not in repr({**weights, 'state_dict': {}})
+    hashes = [sha256_of(path) for part in ('images', 'labels', 'weight_maps') for split in ('train', 'val')
+              for path in (made / 'data' / part / split).iterdir()]
+    assert weights['data_sha256'] == hashlib.sha256('\n'.join(sorted(hashes)).encode()).hexdigest()
 
 
 def test_weights_that_were_trained_from_an_exported_file_keep_its_stages(made, tmp_path):
@@ -322,19 +327,23 @@ def test_the_verification_script(shipped):
 # ---------------------------------------------------------------------------------------------------
 
 def test_batch_norm_statistics_are_those_of_training_crops_without_augmentation(made, tmp_path):
-    path, out = made / 'stage2/checkpoints/checkpoint_best.pth.tar', tmp_path / 'anew.pth.tar'
-    words = ['--model-path', str(path), '--data-dir', str(made / 'data'), '--out', str(out), '--crops', '8']
+    path, out = tmp_path / 'scaled.pth.tar', tmp_path / 'anew.pth.tar'
+    before = load_checkpoint(made / 'stage2/checkpoints/checkpoint_best.pth.tar')
+    before['options']['transform']['train'] = {'scale': 56, **before['options']['transform']['train']}
+    torch.save(before, path)
+    words = ['--model-path', str(path), '--data-dir', str(made / 'data'), '--out', str(out), '--crops', '7']
     update_batch_norm.main(words)
-    before, after = load_checkpoint(path), load_checkpoint(out)
+    after = load_checkpoint(out)
+    assert after['batch_norm_crops'] == 8 and 'raw_state_dict' in before and 'raw_state_dict' not in after
     statistics = ('running_mean', 'running_var', 'num_batches_tracked')
     assert after['optimizer'] == {} and after['mean_std'] == before['mean_std']
     assert all(torch.equal(value, after['state_dict'][key]) for key, value in before['state_dict'].items()
                if not key.endswith(statistics))
 
-    # the first layer by hand: two images of 64 x 64, and the 8 crops of 40 x 40 that DataFolder gives of them
+    # the first layer by hand: two images, scaled to 56 x 56, and the 8 crops of 40 x 40 that DataFolder gives of them
     data = DataFolder([made / 'data' / part / 'train' for part in ('images', 'weight_maps', 'labels')],
                       ['weight.png', 'label.png'], [3, 1, 3],
-                      get_transforms(dict(random_crop=40, label_encoding=1, to_tensor=1,
+                      get_transforms(dict(scale=56, random_crop=40, label_encoding=1, to_tensor=1,
                                           normalize=np.array(before['mean_std']))))
     batches = [torch.stack([data[i, 0, epoch][0] for i in range(2)]) for epoch in range(4)]
     outputs = [F.leaky_relu(F.conv2d(batch, before['state_dict']['conv1.conv.weight'], padding=1), 0.01)
@@ -365,6 +374,15 @@ def test_what_batch_norm_statistics_cannot_be_computed_of(made, tmp_path):
     other = make_multi_organ(tmp_path / 'other', n_train=3)
     with pytest.raises(InputError, match='other/mean_std.npy is not that of .*checkpoint_best.pth.tar, which was'):
         update_batch_norm.main(['--data-dir', str(other), '--model-path', str(path), '--out', str(tmp_path / 'x')])
+
+
+def test_batches_of_fewer_crops_are_left_out_of_the_statistics(tmp_path):
+    data = make_multi_organ(tmp_path, n_train=3)
+    train_set = DataFolder([data / part / 'train' for part in ('images', 'weight_maps', 'labels')],
+                           ['weight.png', 'label.png'], [3, 1, 3],
+                           get_transforms(dict(random_crop=40, label_encoding=1, to_tensor=1)))
+    batches = itertools.islice(update_batch_norm.training_crops(train_set, 2), 3)
+    assert [len(batch) for batch in batches] == [2, 2, 2]
 
 
 # ---------------------------------------------------------------------------------------------------

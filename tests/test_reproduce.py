@@ -1,4 +1,5 @@
 """scripts/reproduce.sh on miniature data: the whole way from the raw files to the table, without a network."""
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 import test
 from miniature import SMALL, make_multi_organ, nuclei
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.files import save_image, save_instances
+from support.files import save_image, save_instances, sha256_of
 from support.images import decode
 from support.script import InputError
 
@@ -93,10 +94,16 @@ def test_multi_organ_from_prepared_data_to_the_table_and_again(start, tmp_path, 
     assert (paper['dice'], paper['AJI'], paper['F1']) == ('0.8027', '0.6039', '-')
     for (kind, tta, name), row in rows.items():
         if '+' not in name:
-            words = (run / f'results/{kind}_tta_{tta}/{name.split()[1][:-1]}_test_result.txt').read_text().splitlines()
+            folder, part = run / f'results/{kind}_tta_{tta}', name.split()[1][:-1]
+            words = (folder / f'{part}_test_result.txt').read_text().splitlines()
             published = dict(zip(words[0].split('\t')[1:], words[1].split('\t')[1:]))
             assert {key: f'{float(word):.2f}' if key == 'Hausdorff' else word for key, word in published.items()} == {
                 key: 'nan' if word == '-' else word for key, word in row.items() if key != 'dice'}
+            metrics = json.loads((folder / f'{part}_metrics.json').read_text())
+            made_by = metrics['made_by']
+            assert row['dice'] == f'{metrics["mean"]["dice"]:.4f}'
+            assert made_by['test']['tta'] == tta and made_by['test']['amp']
+            assert made_by['weights_sha256'] == sha256_of(run / f'weights_{kind}.pth.tar')
     for kind, tta in {key[:2] for key in rows}:
         both = [float(rows[kind, tta, name]['pixel_acc']) for name in names[1:]]
         assert both[2] == pytest.approx((2 * both[0] + both[1]) / 3, abs=1e-4)

@@ -45,6 +45,7 @@ def test_the_val_images_are_scored_in_all_colours(words, tmp_path, capsys):
         assert list(images) == (['Breast'] if 'raw' in name else ['Breast', 'Liver'])
         assert float(row[0]) == pytest.approx(np.mean(list(images.values())), abs=1e-4) and 0 < float(row[3]) <= 1
     assert rows['raw'] != rows['raw, --color-norm True'] and rows['pale'] != rows['as they are']
+    assert np.array_equal(pixels(tmp_path / f'out/images/raw/{NAMES[0]}.png'), nuclei(0, 60, 70)[0] // 2 + 60)
 
     weights = load_checkpoint(tmp_path / 'w.pth.tar')                      # as of a run that was not exported
     save_checkpoint(tmp_path / 'w.pth.tar', {key: value for key, value in weights.items() if key != 'lab'})

@@ -1,7 +1,6 @@
 """The scripts around the project."""
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,9 @@ from PIL import Image
 from miniature import SMALL, make_multi_organ, nuclei
 from scripts import benchmark, demo_report
 from support.files import save_image, save_instances
+from support.images import list_images
 from support.script import InputError
+from utils import nuclei_accuracy_object_level
 
 
 @pytest.mark.parametrize('script, words, message', [
@@ -70,10 +71,16 @@ def test_report_compares_with_otsu_and_draws_the_overview(tmp_path, capsys):
     (results / 'test_same_test_result.txt').write_text(
         'Metrics:\tpixel_acc\tF1\tDice\tAJI\nAverage:\t0.9\t0.8\t0.7\t0.6\n\na:\t0.9\t0.83\t0.74\t0.65\n')
     image_path = tmp_path / 'data/images/test_same'
-    shutil.copy(image_path / 'a.png', image_path / 'b.png')
-    shutil.copy(tmp_path / 'data/labels_instance/test/a.png', tmp_path / 'data/labels_instance/test/b.png')
+    other, other_label = nuclei(1, 80, 80)
+    save_image(image_path / 'b.png', other)
+    save_instances(tmp_path / 'data/labels_instance/test/b.png', other_label)
     with pytest.raises(InputError, match='results has not the scores of the images in .*test_same; run test.py again'):
         demo_report.main(words)
+    scores = demo_report.otsu_scores(list_images(image_path), tmp_path / 'data/labels_instance/test')
+    found = [nuclei_accuracy_object_level(demo_report.otsu_label(picture), truth)
+             for picture, truth in ((image, label), (other, other_label))]
+    expected = [(result.AJI, result.dice, result.F1) for result in found]
+    assert scores == {'a': expected[0], 'b': expected[1], 'Average': pytest.approx(np.mean(expected, axis=0))}
     (image_path / 'b.png').unlink()
     demo_report.main(words)
     text = capsys.readouterr().out

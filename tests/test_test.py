@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.segmentation import find_boundaries
@@ -244,21 +244,25 @@ def test_objects_csv_of_shapes_that_are_known():
     assert found[2][:2] == [9, 24] and found[2][5] == 0
 
 
-def test_overlay_shows_hits_missed_and_false_objects():
+def test_overlay_shows_hits_missed_and_false_objects(monkeypatch):
     truth = np.zeros((60, 300), int)
     truth[5:15, 5:15], truth[30:40, 5:15] = 7, 9
     found = np.zeros((60, 300), int)
-    found[5:15, 6:16], found[5:15, 100:110] = 1, 2
+    found[5:15, 10:15], found[5:15, 100:110] = 1, 2                   # the IoU of the first is 0.5
     grey = np.full((60, 300, 3), 128, np.uint8)
     matches = match_objects(found, truth)
-    picture = draw_overlay(grey.copy(), found, truth, matches)
+    picture, texts = draw_overlay(grey.copy(), found, truth, matches), []
     assert picture.shape == (80, 300, 3)                              # a legend below
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDraw.ImageDraw, 'text', lambda draw, place, text, **_: texts.append(text))
+        draw_overlay(grey.copy(), found, truth, matches)
+    assert texts == ['1 hits (IoU >= 0.5)', '1 missed', '1 false']
     assert tuple(picture[5, 10]) == HIT and tuple(picture[5, 105]) == FALSE
-    assert tuple(picture[30, 10]) == MISSED and tuple(picture[10, 10]) == (128,) * 3
+    assert tuple(picture[30, 10]) == MISSED and tuple(picture[10, 12]) == (128,) * 3
     plain = draw_overlay(grey.copy(), found)
     assert plain.shape == grey.shape and tuple(plain[5, 10]) == UNLABELLED
     outside = np.ones((60, 300), bool)
-    outside[5:15, 6:16] = outside[5:15, 100:110] = False
+    outside[5:15, 10:15] = outside[5:15, 100:110] = False
     assert (plain[outside] == 128).all()
 
 
@@ -568,7 +572,7 @@ def test_exported_weights(trained, capsys):
     run, shipped = (load_checkpoint(trained / path) for path in ('run/checkpoints/checkpoint_best.pth.tar',
                                                                  'pretrained/FullNet_MultiOrgan.pth.tar'))
     assert all(torch.equal(run['state_dict'][key], value) for key, value in shipped['state_dict'].items())
-    assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std']
+    assert shipped['optimizer'] == {} and shipped['mean_std'] == run['mean_std'] and shipped['shorter_side'] == 64
     images = (trained / 'data/images/train').iterdir()
     pixels_of_train = np.concatenate([rgb2lab(pixels(path)).reshape(-1, 3) for path in images])
     assert np.allclose(shipped['lab'], [pixels_of_train.mean(0), pixels_of_train.std(0)])

@@ -151,6 +151,18 @@ def test_options_that_change_the_weights(base, data, tmp_path, words):
     assert not same_weights(run(data, tmp_path / 'run', *words.split())[0], base[0])
 
 
+def test_gradients_are_clipped_to_the_norm_that_is_given(data, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def recorded(optimizer, *rest):
+        gradients = [p.grad.flatten() for p in optimizer.param_groups[0]['params']]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(optimizer, *rest)
+    monkeypatch.setattr(torch.optim.Adam, 'step', recorded)
+    run(data, tmp_path / 'run', '--clip-grad', '0.01')
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
 def test_amp_computes_in_bfloat16_and_resumes_exactly(data, tmp_path, monkeypatch):
     monkeypatch.setattr('support.cpu_stage.MIN_PIXELS', 0)
     words = ['--amp', 'True', '--epochs', '2']
@@ -158,6 +170,8 @@ def test_amp_computes_in_bfloat16_and_resumes_exactly(data, tmp_path, monkeypatc
     assert not same_weights(whole, run(data, tmp_path / 'float32', '--epochs', '2')[0])
     run(data, tmp_path / 'half', *words[:2])
     assert same_weights(resume(tmp_path / 'half', '--epochs', '2')[0], whole)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True)                   # autocast is for testing
+    assert [MixedPrecision(torch.device('cpu'), True, testing).enabled for testing in (False, True)] == [False, True]
 
 
 def test_amp_is_refused_on_mps():
@@ -216,9 +230,12 @@ def test_preview_shows_what_the_first_epoch_sees_and_stops(data, tmp_path, capsy
     assert sheet.shape == (4 * 40 + 3 * 4, 3 * 40 + 2 * 4, 3)
     opt = Options(True).parse([*SMALL, '--data-dir', str(data)])
     dataset = train.load_data(opt, 'train', np.load(data / 'mean_std.npy'))
-    labels = [class_colours(dataset[i, opt.train['seed'], 0][2][0]) for i in range(4)]
-    shown = [sheet[y:y + 40, 44:84] for y in range(0, 176, 44)]
-    assert all(any(np.array_equal(a, b) for b in labels) for a in shown)
+    samples = [dataset[i, opt.train['seed'], 0] for i in range(4)]
+    labels = [class_colours(label[0]) for _, _, label in samples]
+    weights = [weight[0, ..., None].expand(-1, -1, 3).numpy() for _, weight, _ in samples]
+    for x, column in ((44, labels), (88, weights)):
+        shown = [sheet[y:y + 40, x:x + 40] for y in range(0, 176, 44)]
+        assert all(any(np.array_equal(a, b) for b in column) for a in shown)
     train.main([*SMALL, '--data-dir', str(data), '--save-dir', str(tmp_path / 'colours'), '--preview',
                 '--transform.train.normalize', 'none'])                                # shown in the same colours
     assert np.abs(sheet.astype(int) - np.asarray(Image.open(tmp_path / 'colours_preview.png'))).max() <= 1
@@ -478,6 +495,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(four_epochs, data, t
     for k, values in whole['optimizer']['state'].items():
         assert all(torch.equal(resumed['optimizer']['state'][k][name], value) for name, value in values.items())
     assert (resumed['best_iou'], resumed['history']) == (whole['best_iou'], whole['history'])
+    last = 0.001 * (1 + math.cos(math.pi * 7 / 8)) / 2                       # learning rate of the last of 8 steps
+    assert resumed['optimizer']['param_groups'][0]['lr'] == pytest.approx(last)
 
 
 def test_a_checkpoint_of_an_earlier_version_from_the_middle_of_an_epoch_goes_on(data, tmp_path):

@@ -1,5 +1,6 @@
 """Sliding window, test-time augmentation, post-processing, checkpoints, safe saving, exit codes."""
 import contextlib
+import hashlib
 import pickle
 import re
 import signal
@@ -264,13 +265,20 @@ def test_weight_average_follows_the_weights():
 # Saving and scripts
 # ---------------------------------------------------------------------------------------------------
 
-def test_an_error_while_saving_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_error_while_saving_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, error):
     path = tmp_path / 'file.txt'
     files.write_text(path, 'old')
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+    with pytest.raises(error), atomic_path(path) as temporary:
         Path(temporary).write_text('half')
-        raise RuntimeError
+        raise error
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_hash_of_a_file_is_of_all_of_it(tmp_path):
+    content = bytes(range(256)) * 5000                                   # more than a piece of 1 MiB
+    (tmp_path / 'a').write_bytes(content)
+    assert files.sha256_of(tmp_path / 'a') == hashlib.sha256(content).hexdigest()
 
 
 def test_instances_are_saved_with_the_depth_they_need(tmp_path):
@@ -369,12 +377,12 @@ def test_exit_codes(monkeypatch, capsys, error, code, words):
 
 
 def test_a_signal_stops_at_the_next_check_after_saving():
-    saved = []
+    saved, before = [], signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped, script.StopRequest(devices.Processes([])) as stop:
         stop.check(lambda: saved.append('too early'))
         signal.raise_signal(signal.SIGTERM)
         stop.check(lambda: saved.append('saved'))
-    assert stopped.value.code == 143 and saved == ['saved']
+    assert stopped.value.code == 143 and saved == ['saved'] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_signal_stops_at_once():
