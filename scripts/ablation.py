@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,8 @@ BUDGETS = ('equal steps', 'equal minutes')
 OURS = ('--name', '--alpha', '--use-weight-map', '--seed', '--epochs', '--num-epochs', '--val-every', '--max-minutes',
         '--save-dir', '--overwrite', '--checkpoint-path', '--checkpoint', '--dataset')
 running = []                                    # processes of train.py and test.py
+start_or_stop = threading.Lock()                # no process starts while those that run are stopped, nor after it
+stopping = threading.Event()
 
 
 class Job(NamedTuple):
@@ -88,7 +91,9 @@ def main(argv=None):
     except (KeyboardInterrupt, SystemExit):                                  # Ctrl-C, SIGTERM
         pool.shutdown(wait=False, cancel_futures=True)
         print('the trainings that run save a checkpoint and end', file=sys.stderr)
-        stopped = list(running)
+        with start_or_stop:
+            stopping.set()
+            stopped = list(running)
         for process in stopped:
             process.terminate()
         for process in stopped:
@@ -170,10 +175,13 @@ def call(words, threads, log):
     with open(log, 'a', encoding='utf-8') as file:
         file.write(f'$ {shlex.join(words)}\n')
         file.flush()
-        # in a session of their own, so that Ctrl-C reaches them once: from `main`
-        process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}, stdout=file,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        running.append(process)
+        with start_or_stop:
+            if stopping.is_set():
+                raise InputError('stopped')
+            # in a session of their own, so that Ctrl-C reaches them once: from `main`
+            process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': str(threads)}, stdout=file,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
+            running.append(process)
         code = process.wait()
         running.remove(process)
     if code:

@@ -102,6 +102,7 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypa
         monkeypatch.setattr(ablation, 'planned_steps', lambda *_: 2)
     monkeypatch.setattr(ablation, 'ROOT', tmp_path)
     monkeypatch.setattr(ablation, 'running', [])
+    monkeypatch.setattr(ablation, 'stopping', threading.Event())
     (tmp_path / 'train.py').write_text('import os, signal, time\n'
                                        'def stop(*_):\n    open("stopped", "w")\n    os._exit(143)\n'
                                        'signal.signal(signal.SIGTERM, stop)\n'
@@ -122,6 +123,8 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(data, tmp_path, monkeypa
         signal.signal(signal.SIGINT, before)
     assert Path('stopped').exists() and all(process.poll() is not None for process in ablation.running)
     assert len([*(tmp_path / 'out').glob('*/train.out'), *(tmp_path / 'out').glob('speed*.out')]) == 1
+    with pytest.raises(InputError, match='stopped'):                         # what was about to start does not
+        ablation.call(['train.py'], 1, tmp_path / 'late.out')
 
 
 def test_a_run_that_fails_is_named(data, tmp_path, monkeypatch):
