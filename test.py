@@ -266,9 +266,9 @@ def probability_bands(model, opt, mean_std, device, image, factor, side):
     image: uint8 (H, W, 3). factor: `scale_factor`. side: `trained_side`. With patch_size 0 the network sees the whole
     image at once, in one band; else it sees windows.
     """
-    test, scale = opt.test, opt.transform['test'].get('scale')
-    params = {name: value for name, value in opt.transform['test'].items() if name not in ('scale', 'normalize')}
-    if opt.transform['test'].get('normalize'):
+    params, test = dict(opt.transform['test']), opt.test
+    scale = params.pop('scale', None)
+    if params.get('normalize'):
         params['normalize'] = mean_std
     transform = get_transforms(params)
     shown = min(image.shape[:2])

@@ -61,8 +61,7 @@ def main(argv=None):
     data = facts_of_data(train_set, val_set, mean_std, checkpoint or {}, train['checkpoint'])
     batches = EpochBatches(len(train_set), train['batch_size'], train['seed'], processes.rank, processes.count)
     workers = loader_processes(train['workers'], processes)
-    common = dict(collate_fn=batch_items, worker_init_fn=start_loader,
-                  pin_memory=processes.device.type == 'cuda')
+    common = dict(collate_fn=batch_items, worker_init_fn=start_loader, pin_memory=processes.device.type == 'cuda')
     train_loader = DataLoader(train_set, batch_sampler=batches, num_workers=workers, **common)
     val_loader = DataLoader(val_set, sampler=processes.own_images(len(val_set)), num_workers=min(1, workers),
                             persistent_workers=workers > 0, **common)

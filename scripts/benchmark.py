@@ -54,8 +54,7 @@ from support.files import save_image
 from support.images import read_image, read_instance_label
 from support.script import InputError, Parser, run_script
 from test import segment
-from utils import (accuracy_pixel_level, nuclei_accuracy_object_level, split_forward, standard_metrics,
-                   window_grid)
+from utils import accuracy_pixel_level, nuclei_accuracy_object_level, split_forward, standard_metrics, window_grid
 from weight_map import object_boundaries, weight_map
 
 SIZE = 208

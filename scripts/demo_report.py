@@ -15,8 +15,7 @@ from skimage.filters import threshold_otsu
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prepare_data import ternary_label
 from support.files import atomic_path
-from support.images import (decode, find_labels, list_images, open_image, read_image,
-                            read_instance_label)
+from support.images import decode, find_labels, list_images, open_image, read_image, read_instance_label
 from support.pictures import HIT, draw_contours
 from support.script import InputError, Parser, run_script
 from utils import nuclei_accuracy_object_level, post_process

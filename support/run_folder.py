@@ -204,7 +204,7 @@ def refuse_changes(opt, group, values, before, changeable):
     """Raise InputError if the command line gives an option of a group another value than the resumed run has."""
     for name in {**before, **values}:
         if (group, name) in opt.given and name not in changeable and values.get(name) != before.get(name):
-            flag = f'{group}.{name}' if group.startswith('transform.') else name
+            flag = f'{group}.{name}' if group.startswith('transform.') else name.replace('_', '-')
             refuse_change(flag, values.get(name), before.get(name), opt.train['checkpoint'])
 
 
@@ -242,9 +242,8 @@ def is_free(folder):
     return not folder.exists() or (folder.is_dir() and all(path.name == '.lock' for path in folder.iterdir()))
 
 
-def refuse_change(name, value, before, path):
+def refuse_change(flag, value, before, path):
     """Raise the InputError for an option that must keep its value when the run of the checkpoint `path` is resumed."""
-    flag = name if name.startswith('transform.') else name.replace('_', '-')
     raise InputError(f'--{flag} is {value}, but the run of {path} has {before}, and it cannot '
                      f'change when a run is resumed; leave it out, or start a new run')
 
