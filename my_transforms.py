@@ -283,7 +283,7 @@ TRANSFORMS = {
 def get_transforms(params):
     """Build a Compose from a dict {name: value}, in its order, such as TRANSFORM['train'] of options.py.
 
-    A flip with the value False is left out. Raises InputError for an unknown name.
+    A transform with the value False is left out. Raises InputError for an unknown name.
     """
     unknown = [name for name in params if name not in TRANSFORMS]
     if unknown:
